@@ -1,0 +1,52 @@
+"""Ensembles of low-bit networks with a differentiable stochastic quantizer, attacked honestly.
+
+    >>> import torch, bitquorum
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    >>> quantized = bitquorum.convert(network, bitquorum.Policy(weight_bits=4, activation_bits=3))
+    >>> with bitquorum.draw(seed := 7):
+    ...     logits = quantized(torch.rand(5, 1, 8, 8))
+
+Names are loaded when they are used, so that the command line starts fast.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Arm": "config",
+    "DataChoice": "config",
+    "Deterministic": "quantizers",
+    "Ensemble": "ensemble",
+    "Evaluation": "evaluate",
+    "Experiment": "config",
+    "FGSM": "attacks",
+    "Gaussian": "quantizers",
+    "Logistic": "quantizers",
+    "Objective": "objective",
+    "PGD": "attacks",
+    "Policy": "convert",
+    "Quantizer": "quantizers",
+    "StochasticRounding": "quantizers",
+    "Surrogate": "quantizers",
+    "Trainer": "train",
+    "calibrate": "convert",
+    "convert": "convert",
+    "draw": "rng",
+    "load": "data",
+    "restore": "convert",
+    "worst": "evaluate",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bitquorum' has no attribute {name!r}")
+    return getattr(import_module(f"bitquorum.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

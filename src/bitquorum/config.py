@@ -1,0 +1,151 @@
+"""Compose methods into one frozen experiment, and read it from a preset or a TOML file."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, final
+
+from bitquorum.convert import Policy
+from bitquorum.ensemble import Aggregation, MeanProbability
+from bitquorum.evaluate import Evaluation
+from bitquorum.interface import ConfigError, InputError, Method
+from bitquorum.objective import Objective
+from bitquorum.registry import apply_overrides, decode, nearest
+from bitquorum.train import Trainer
+from bitquorum.zoo import DigitsNet, Network
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DataChoice(Method):
+    """Choose the images.
+
+    Attributes:
+        name: As `data.load` takes it.
+        train: Number of training images, balanced over classes; 0 for all.
+        normalize: Whether networks shift and scale images by the training set's mean and deviation.
+    """
+
+    name: str = "digits"
+    train: int = 0
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.train < 0:
+            raise InputError(f"expected a number of training images of at least 0, got {self.train}")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Arm(Method):
+    """Describe one of the ensembles that an experiment compares.
+
+    Attributes:
+        name: Name of its row and folder.
+        network: Architecture of every member.
+        members: Precision of each member; a policy without bits leaves it in full precision.
+        shared: Whether all members train one set of full-precision weights.
+        aggregation: How a prediction is made.
+        passes: Draws that one prediction averages over.
+        objective: Training loss.
+        trainer: In place of the experiment's.
+    """
+
+    name: str
+    network: Network = field(default_factory=DigitsNet)
+    members: tuple[Policy, ...] = (Policy(weight_bits=None, activation_bits=None),)
+    shared: bool = False
+    aggregation: Aggregation = field(default_factory=MeanProbability)
+    passes: int = 1
+    objective: Objective = field(default_factory=Objective)
+    trainer: Trainer | None = None
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise InputError(f"expected at least one member in arm {self.name!r}, got none")
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
+            raise InputError(f"expected an arm name of letters, digits, '-', '_' and '.', got {self.name!r}")
+
+    @property
+    def precision(self) -> str:
+        """The members' precisions in short, such as `w4a4 w3a3 fp`."""
+        return " ".join(policy.label for policy in self.members)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Method):
+    """Describe everything that decides a result: what is trained, on what, how, and how it is attacked.
+
+    Attributes:
+        name: Name of the run's folder, before the digest.
+        seed: Of initial weights, data order, augmentation and noise; equal for all arms.
+        kernels: `eager`, or `compiled` where a C++ compiler is at hand: faster steps after half a minute's start.
+        data: Images.
+        trainer: Of every arm without its own.
+        evaluation: Attacks on every arm.
+        arms: At least one, with different names.
+    """
+
+    name: str
+    seed: int = 0
+    kernels: Literal["eager", "compiled"] = "eager"
+    data: DataChoice = field(default_factory=DataChoice)
+    trainer: Trainer = field(default_factory=Trainer)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    arms: tuple[Arm, ...] = (Arm(name="vanilla"),)
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) != len(names):
+            raise InputError(f"expected at least one arm and different names, got {names}")
+
+
+def presets() -> dict[str, str]:
+    """Return the text of every preset by name."""
+    folder = resources.files("bitquorum") / "presets"
+    return {
+        file.name.removesuffix(".toml"): file.read_text(encoding="utf-8")
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".toml")
+    }
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Return the experiment of a preset's name or a TOML file's path, with dotted overrides.
+
+    Raises:
+        ConfigError: if there is no such preset or file, the file is no TOML, or a key or value is not understood.
+
+    Examples:
+        >>> read("digits", ["trainer.epochs=3"]).trainer.epochs
+        3
+    """
+    if source.endswith(".toml") or "/" in source:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"expected an experiment file at {path}, got none; check the path")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        known = presets()
+        if source not in known:
+            raise ConfigError(
+                f"expected a preset or a path that ends in .toml, got {source!r}; {nearest(source, known)}"
+            )
+        text = known[source]
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"expected TOML in {source}, got: {error}; mend that place") from error
+    return parse(table, overrides)
+
+
+def parse(table: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
+    """Return the experiment that a table describes, after dotted overrides.
+
+    Raises:
+        ConfigError: if a key or value is not understood.
+    """
+    return decode(Experiment, apply_overrides(table, list(overrides)))

@@ -1,0 +1,305 @@
+"""Turn any float network into a quantized one, and back."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bitquorum.interface import InputError, Method, NoEffectWarning
+from bitquorum.layers import WEIGHTED, QuantActivation, QuantImage, QuantLayer
+from bitquorum.quantizers import Grid, Law, Logistic, Quantizer
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Override(Method):
+    """Set the bits of the layers whose qualified name matches a pattern; `None` leaves that part in float.
+
+    Attributes:
+        pattern: A shell pattern such as `stage1.*`, or `first` or `last` for the outermost weighted layers.
+        weight_bits: Bits of the weights of matching layers.
+        activation_bits: Bits of matching activations.
+    """
+
+    pattern: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Policy(Method):
+    """Say which parts of a network are quantized, and how.
+
+    Attributes:
+        weight_bits: Bits of the weights, per output channel on a symmetric grid; `None` for float.
+        activation_bits: Bits of the activations, per tensor; `None` for float.
+        weight_law: Noise law of the weights, drawn once per forward pass.
+        activation_law: Noise law of the activations, drawn per element.
+        image_bits: Bits of the image on [0, 1]; `None` leaves it as it is.
+        image_law: Noise law of the image.
+        learned: Whether ranges of weights and activations are trained.
+        per_channel: Whether weights have one range per output channel.
+        overrides: Exceptions; the last match wins.
+    """
+
+    weight_bits: int | None = 4
+    activation_bits: int | None = 4
+    weight_law: Law = field(default_factory=Logistic)
+    activation_law: Law = field(default_factory=Logistic)
+    image_bits: int | None = None
+    image_law: Law = field(default_factory=Logistic)
+    learned: bool = True
+    per_channel: bool = True
+    overrides: tuple[Override, ...] = ()
+
+    def __call__(self, network: nn.Module) -> nn.Module:
+        """Return a quantized copy of `network`: the same as `convert(network, self)`."""
+        return convert(network, self)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the policy leaves a network in full precision."""
+        return (self.weight_bits, self.activation_bits, self.image_bits, self.overrides) == (
+            None,
+            None,
+            None,
+            (),
+        )
+
+    @property
+    def label(self) -> str:
+        """The precision in short: `w4a3` for 4-bit weights and 3-bit activations, `fp` for full precision."""
+        if self.is_float:
+            return "fp"
+        image = f"i{self.image_bits}" if self.image_bits else ""
+        return f"w{self.weight_bits or 32}a{self.activation_bits or 32}{image}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Say how to quantize the output of an activation: the grid, a first guess of its range, and who clips."""
+
+    grid: Grid
+    low: float = 0.0
+    high: float = 3.0
+    absorbed: bool = False
+
+
+_Rule = Callable[[nn.Module], Rule]
+ACTIVATIONS: dict[type[nn.Module], _Rule] = {
+    nn.ReLU: lambda _: Rule(grid="one-sided", absorbed=True),
+    nn.ReLU6: lambda _: Rule(grid="one-sided", high=6.0, absorbed=True),
+    nn.Hardtanh: lambda m: Rule(grid="two-sided", low=m.min_val, high=m.max_val, absorbed=True),
+    nn.Sigmoid: lambda _: Rule(grid="one-sided", high=1.0),
+    nn.Softplus: lambda _: Rule(grid="one-sided"),
+    nn.Tanh: lambda _: Rule(grid="symmetric", high=1.0),
+    nn.GELU: lambda _: Rule(grid="two-sided", low=-0.17),
+    nn.SiLU: lambda _: Rule(grid="two-sided", low=-0.28),
+    nn.Mish: lambda _: Rule(grid="two-sided", low=-0.31),
+    nn.Hardswish: lambda _: Rule(grid="two-sided", low=-0.375),
+    nn.ELU: lambda _: Rule(grid="two-sided", low=-1.0),
+    nn.LeakyReLU: lambda _: Rule(grid="two-sided", low=-0.5),
+    nn.PReLU: lambda _: Rule(grid="two-sided", low=-0.5),
+}
+
+
+def convert(network: nn.Module, policy: Policy) -> nn.Module:
+    """Return a copy of `network` with quantized weights, activations and, if asked, image.
+
+    Layers of exactly the types in `layers.WEIGHTED` and activations of exactly the types in `ACTIVATIONS` are replaced;
+    normalization layers and everything else stay in float. A module that the network calls several times
+    in one pass gets the same noise each time: give each use its own instance where that matters.
+
+    Args:
+        network: A float network; it is not changed.
+        policy: What to quantize and how.
+
+    Raises:
+        InputError: if the network is quantized already, or an override matches nothing.
+
+    Warns:
+        NoEffectWarning: if nothing was quantized.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> quantized = convert(network, Policy(weight_bits=4, activation_bits=2))
+        >>> [type(module).__name__ for module in quantized]
+        ['QuantLayer', 'QuantActivation', 'QuantLayer']
+    """
+    if any(isinstance(module, Quantizer) for module in network.modules()):
+        raise InputError("expected a float network, got one that is quantized already; use `restore` first")
+    network = copy.deepcopy(network)
+    bits = _Bits(network, policy)
+    replaced: dict[int, nn.Module] = {}
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        new = replaced.get(id(module)) or _quantized(module, name, bits, policy)
+        if new is None:
+            continue
+        replaced[id(module)] = new
+        if not name:
+            network = new
+            break
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, new)
+    bits.check_all_used()
+    if policy.image_bits is not None:
+        network = QuantImage(Quantizer(policy.image_bits, law=policy.image_law), network)
+    elif not replaced:
+        warnings.warn(
+            f"convert changed nothing: no layer of the network falls under {policy!r}; it knows "
+            + ", ".join(cls.__name__ for cls in (*WEIGHTED, *ACTIVATIONS)),
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    set_addresses(network)
+    return network
+
+
+def restore(network: nn.Module) -> nn.Module:
+    """Return a float copy of a quantized network: full-precision weights, float activations, no image quantizer.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> restore(convert(network, Policy()))
+        Sequential(
+          (0): Linear(in_features=4, out_features=8, bias=True)
+          (1): ReLU()
+        )
+    """
+    network = copy.deepcopy(network)
+    if isinstance(network, QuantImage):
+        network = network.network
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if not isinstance(module, QuantLayer | QuantActivation):
+            continue
+        inner = module.layer if isinstance(module, QuantLayer) else module.activation
+        if not name:
+            return inner
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, inner)
+    return network
+
+
+def set_addresses(root: nn.Module) -> None:
+    """Give every quantizer below `root` its qualified name as the address of its noise."""
+    for name, module in root.named_modules():
+        if isinstance(module, Quantizer):
+            module.address = name
+
+
+def quantizers(network: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Yield every quantizer of a network with its qualified name."""
+    for name, module in network.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def is_stochastic(network: nn.Module) -> bool:
+    """Return whether two draws of the network can differ."""
+    return any(quantizer.law.stochastic for _, quantizer in quantizers(network))
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None:
+    """Set the range of every activation quantizer from one pass over `images`, in order of execution.
+
+    Each quantizer's range gets the least squared rounding error on what reaches it, behind the layers already
+    set. The image's own range stays [0, 1].
+    """
+
+    def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inner = args[0] if module.absorbed else module.activation(args[0])
+        keep_grid = isinstance(module.activation, nn.Hardtanh | nn.ReLU6 | nn.Sigmoid | nn.Tanh)
+        if not keep_grid:
+            module.quantizer.fit_range(inner)
+
+    hooks = [
+        module.register_forward_pre_hook(fit)
+        for module in network.modules()
+        if isinstance(module, QuantActivation)
+    ]
+    with _batch_statistics(network):
+        network(images)
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def _batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Normalize by the batch inside the block and leave running statistics and modes as they were."""
+    state = {name: buffer.clone() for name, buffer in network.named_buffers() if "running" in name or "tracked" in name}
+    modes = {module: module.training for module in network.modules()}
+    network.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in network.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+
+
+class _Bits:
+    """Resolve the bits of each named part of a network under a policy."""
+
+    def __init__(self, network: nn.Module, policy: Policy) -> None:
+        weighted = [name for name, module in network.named_modules() if type(module) in WEIGHTED]
+        self.ends = {"first": weighted[:1], "last": weighted[-1:]}
+        self.policy = policy
+        self.unused = list(policy.overrides)
+
+    def of(self, name: str, *, weights: bool) -> int | None:
+        chosen = self.policy.weight_bits if weights else self.policy.activation_bits
+        for override in self.policy.overrides:
+            ends = self.ends.get(override.pattern)
+            matches = weights and name in ends if ends is not None else fnmatchcase(name, override.pattern)
+            if matches:
+                self.unused = [other for other in self.unused if other is not override]
+                chosen = override.weight_bits if weights else override.activation_bits
+        return chosen
+
+    def check_all_used(self) -> None:
+        if self.unused:
+            raise InputError(
+                f"expected every override to match a layer, got no match for {self.unused[0].pattern!r}"
+            )
+
+
+def _quantized(module: nn.Module, name: str, bits: _Bits, policy: Policy) -> nn.Module | None:
+    if type(module) in WEIGHTED:
+        count = bits.of(name, weights=True)
+        if count is None:
+            return None
+        quantizer = Quantizer(
+            count,
+            grid="symmetric",
+            law=policy.weight_law,
+            learned=policy.learned,
+            channels=module.weight.shape[0] if policy.per_channel else None,
+            axis=0,
+        ).to(module.weight.device)
+        quantizer.fit_range(module.weight)
+        return QuantLayer(module, quantizer)
+    rule = ACTIVATIONS.get(type(module))
+    count = bits.of(name, weights=False) if rule else None
+    if rule is None or count is None:
+        return None
+    facts = rule(module)
+    quantizer = Quantizer(
+        count,
+        grid=facts.grid,
+        low=facts.low,
+        high=facts.high,
+        law=policy.activation_law,
+        learned=policy.learned,
+    )
+    return QuantActivation(module, quantizer, absorbed=facts.absorbed)

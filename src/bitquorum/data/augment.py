@@ -1,0 +1,140 @@
+"""Augment training images by noise that depends on (seed, example) and on nothing else."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bitquorum import rng
+from bitquorum.interface import InputError, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment(Method):
+    r"""Shift, mirror, mask and brighten images, each example by its own random numbers.
+
+    With $u_1, \dots, u_6 \sim U(0, 1)$ drawn for (seed, example):
+
+    - `crop`: the image is padded by `crop` zeros on every side and cut back to its size at a random place, a
+      shift by $\lfloor (2 \cdot \mathrm{crop} + 1) u \rfloor - \mathrm{crop}$ pixels in each direction;
+    - `flip`: it is mirrored left to right if $u < 1/2$;
+    - `brightness` b: it is multiplied by $1 + b (2u - 1)$ and clipped to [0, 1];
+    - `cutout`: a square of `cutout` pixels a side, its centre on a random pixel, is set to zero; the part of
+      the square outside of the image is lost. DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552;
+      they mask normalized images, so that their zero is the mean colour, while ours is black.
+
+    The numbers do not depend on the place in the batch, on the batch size or on the other options, and they
+    are the same on every device.
+
+    Args:
+        crop: Largest shift in pixels, 0 or more, and less than the height and the width of the images.
+        flip: Mirror half of the images?
+        cutout: Side of the masked square in pixels, 0 or more.
+        brightness: Largest relative change of brightness, in [0, 1].
+
+    Raises:
+        InputError: if an option or a shape is out of range.
+
+    Examples:
+        >>> images = torch.arange(1.0, 5.0).view(1, 1, 1, 4) / 4
+        >>> augment = Augment(flip=True)
+        >>> both = torch.cat([augment(images, torch.tensor([0]), seed) for seed in range(8)])
+        >>> sorted({tuple(row) for row in both.flatten(1).tolist()})
+        [(0.25, 0.5, 0.75, 1.0), (1.0, 0.75, 0.5, 0.25)]
+    """
+
+    crop: int = 0
+    flip: bool = False
+    cutout: int = 0
+    brightness: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "cutout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(f"expected {name} to be a number of pixels, 0 or more, got {value!r}")
+        if not isinstance(self.flip, bool):
+            raise InputError(f"expected flip to be true or false, got {self.flip!r}")
+        number = isinstance(self.brightness, (int, float)) and not isinstance(self.brightness, bool)
+        if not (number and 0 <= self.brightness <= 1):
+            raise InputError(f"expected brightness in [0, 1], got {self.brightness!r}")
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        examples: Int[Tensor, "batch"],
+        seed: int,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Return the augmented images; the input is not changed.
+
+        Args:
+            images: Images in [0, 1].
+            examples: Identity of each image, such as `Batch.examples`.
+            seed: Seed of the noise; derive one for each epoch.
+        """
+        self._check(images, examples)
+        noise = rng.uniform(seed, examples.to(images.device), 6, address="augment")
+        if self.crop or self.flip:
+            images = self._move(images, noise[:, 0], noise[:, 1], noise[:, 2])
+        if self.brightness:
+            factor = 1 + self.brightness * (2 * noise[:, 5] - 1)
+            images = (images * factor.to(images.dtype).view(-1, 1, 1, 1)).clamp(0, 1)
+        if self.cutout:
+            images = images.masked_fill(self._mask(images, noise[:, 3], noise[:, 4]), 0)
+        return images
+
+    def _check(self, images: Tensor, examples: Tensor) -> None:
+        if images.ndim != 4 or not images.is_floating_point():
+            raise InputError(
+                "expected floating point images [batch, channels, height, width], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        if tuple(examples.shape) != (len(images),) or examples.is_floating_point():
+            raise InputError(
+                f"expected {len(images)} integer examples, one for each image, "
+                f"got {examples.dtype} {list(examples.shape)}"
+            )
+        if self.crop >= min(images.shape[2:]):
+            raise InputError(f"expected crop below the image size {list(images.shape[2:])}, got {self.crop}")
+
+    def _move(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        down: Float[Tensor, "batch"],
+        right: Float[Tensor, "batch"],
+        mirror: Float[Tensor, "batch"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        _, channels, height, width = images.shape
+        row = _axis(images, height) + (_integer(down, 2 * self.crop + 1) - self.crop)
+        column = _axis(images, width)
+        if self.flip:
+            column = torch.where(mirror[:, None] < 0.5, width - 1 - column, column)
+        column = column + (_integer(right, 2 * self.crop + 1) - self.crop)
+        source = row.clamp(0, height - 1)[:, :, None] * width + column.clamp(0, width - 1)[:, None, :]
+        inside = _within(row, height)[:, None, :, None] & _within(column, width)[:, None, None, :]
+        moved = images.flatten(2).gather(2, source.flatten(1)[:, None, :].expand(-1, channels, -1))
+        return moved.view_as(images).masked_fill(~inside, 0)
+
+    def _mask(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        down: Float[Tensor, "batch"],
+        right: Float[Tensor, "batch"],
+    ) -> Bool[Tensor, "batch 1 height width"]:
+        height, width = images.shape[2:]
+        row = _axis(images, height) - (_integer(down, height) - self.cutout // 2)
+        column = _axis(images, width) - (_integer(right, width) - self.cutout // 2)
+        return _within(row, self.cutout)[:, None, :, None] & _within(column, self.cutout)[:, None, None, :]
+
+
+def _axis(images: Tensor, size: int) -> Int[Tensor, "1 size"]:
+    return torch.arange(size, device=images.device)[None]
+
+
+def _integer(noise: Float[Tensor, "batch"], count: int) -> Int[Tensor, "batch 1"]:
+    return (noise * count).long().clamp(max=count - 1)[:, None]
+
+
+def _within(position: Int[Tensor, "batch size"], size: int) -> Bool[Tensor, "batch size"]:
+    return (position >= 0) & (position < size)

@@ -1,0 +1,221 @@
+"""Read a user's own images: a folder for each class, or a Hugging Face data set as local Parquet files."""
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from bitquorum.data.imageset import ImageSet
+from bitquorum.interface import ConfigError, DataError, MissingDataError
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_IMAGE_COLUMNS = ("image", "img")
+_MOST_CLASSES = 1 << 16
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def read_folder(path: Path, split: str) -> ImageSet:
+    """Return one split of an image folder, `path/train/CLASS/*` and `path/test/CLASS/*`.
+
+    The classes are the folders of `train` in alphabetical order (of `test` where there is no `train`); files
+    with another suffix than that of an image are skipped. Images are grey if all of them are, else RGB.
+
+    Args:
+        path: The folder that holds `train` and `test`.
+        split: "train" or "test".
+
+    Raises:
+        MissingDataError: if the folder of the split is not there.
+        DataError: if there is no image, a class of `test` is not in `train`, an image cannot be read, is not
+            opaque with 8 bits a channel, or differs in size from the first one.
+    """
+    folder = path / split
+    if not folder.is_dir():
+        raise MissingDataError(
+            f"folder:{path}: expected a folder {folder} with one folder of images for each class"
+        )
+    reference = path / "train" if (path / "train").is_dir() else folder
+    classes = _class_folders(reference)
+    unknown = sorted(set(_class_folders(folder)) - set(classes))
+    if unknown:
+        raise DataError(
+            f"folder:{path}: expected only the classes of {reference} in {folder}, got {', '.join(unknown)}"
+        )
+    files = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in sorted((folder / name).glob("*"))
+        if file.suffix.lower() in _SUFFIXES and file.is_file()
+    ]
+    if not files:
+        raise DataError(f"folder:{path}: expected images in the class folders of {folder}, got none")
+    images = _stack((str(file), file) for file, _ in files)
+    labels = torch.tensor([label for _, label in files])
+    return ImageSet(
+        name=f"folder:{path}",
+        split=split,
+        images=images,
+        labels=labels,
+        classes=tuple(classes),
+        index=torch.arange(len(files)),
+    )
+
+
+def read_parquet(path: Path, split: str) -> ImageSet:
+    """Return one split of a Hugging Face data set given as local Parquet files.
+
+    The files are `SPLIT-*.parquet` or `SPLIT.parquet` in `path` or `path/data`, or all Parquet files of
+    `path/SPLIT`. Columns: `image` or `img`, a struct with the encoded image in `bytes`; `label`, `labels` or
+    `fine_label`, an integer. The class names are those of the schema's `huggingface` metadata, else numbers.
+
+    Args:
+        path: The folder of the files.
+        split: "train" or "test".
+
+    Raises:
+        ConfigError: if pyarrow is not installed.
+        MissingDataError: if there is no file of the split.
+        DataError: if a file is no such table, or an image is bad as for `read_folder`.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ConfigError(
+            f'parquet:{path}: expected the package pyarrow, got none; run `pip install "bitquorum[hub]"`'
+        ) from error
+    files = _parquet_files(path, split)
+    if not files:
+        raise MissingDataError(
+            f"parquet:{path}: expected {split}-*.parquet in {path} or in {path / 'data'}, got no such file"
+        )
+    try:
+        schema = pq.read_schema(files[0])
+        image, label = _column(schema, _IMAGE_COLUMNS, path), _column(schema, _LABEL_COLUMNS, path)
+        if not pa.types.is_struct(schema.field(image).type) or not pa.types.is_integer(
+            schema.field(label).type
+        ):
+            got = f"{schema.field(image).type} and {schema.field(label).type}"
+            raise DataError(
+                f"parquet:{path}: expected a struct and an integer in {image}, {label}, got {got}"
+            )
+        tables = [pq.read_table(file, columns=[image, label]) for file in files]
+        labels = [value for table in tables for value in table[label].to_pylist()]
+        classes = _class_names(schema.metadata or {}, label) or _numbers(path, label, pq)
+        cells = [cell for table in tables for cell in table[image].to_pylist()]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(
+            f"parquet:{path}: expected readable Parquet files of one schema, got {error}"
+        ) from error
+    if not labels or any(value is None for value in labels):
+        raise DataError(
+            f"parquet:{path}: expected a label in every row of {split}, got none in some or no row"
+        )
+    images = _stack(
+        (f"parquet:{path} ({split}), row {row}", _encoded(cell)) for row, cell in enumerate(cells)
+    )
+    return ImageSet(
+        name=f"parquet:{path}",
+        split=split,
+        images=images,
+        labels=torch.tensor(labels, dtype=torch.long),
+        classes=classes,
+        index=torch.arange(len(labels)),
+    )
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
+def _parquet_files(path: Path, split: str) -> list[Path]:
+    for folder in (path, path / "data"):
+        files = sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
+        if files:
+            return files
+    return sorted((path / split).glob("*.parquet"))
+
+
+def _column(schema: Any, names: tuple[str, ...], path: Path) -> str:
+    for name in names:
+        if name in schema.names:
+            return name
+    raise DataError(f"parquet:{path}: expected a column {' or '.join(names)}, got {', '.join(schema.names)}")
+
+
+def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
+    """Return the class names that the hub keeps in the schema, or none where it keeps no valid ones."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
+
+
+def _numbers(path: Path, label: str, pq: Any) -> tuple[str, ...]:
+    """Return the numbers 0..largest label of both splits, so that both have the same classes."""
+    largest = 0
+    for file in _parquet_files(path, "train") + _parquet_files(path, "test"):
+        values = [
+            value for value in pq.read_table(file, columns=[label])[label].to_pylist() if value is not None
+        ]
+        largest = max([largest, *values])
+    if largest > _MOST_CLASSES:
+        raise DataError(f"parquet:{path}: expected labels 0..{_MOST_CLASSES} in {label}, got {largest}")
+    return tuple(str(number) for number in range(largest + 1))
+
+
+def _encoded(cell: Any) -> io.BytesIO:
+    return io.BytesIO(cell.get("bytes") or b"" if cell else b"")
+
+
+def _stack(images: Iterable[tuple[str, Path | io.BytesIO]]) -> UInt8[Tensor, "count channels height width"]:
+    """Return the decoded images as one tensor: one channel if all are grey, else three."""
+    decoded: list[UInt8[np.ndarray, "height width channels"]] = []
+    first = ""
+    for name, stream in images:
+        pixels = _decode(name, stream)
+        if decoded and pixels.shape[:2] != decoded[0].shape[:2]:
+            raise DataError(
+                f"{name}: expected the size of {first}, {_size(decoded[0])} pixels, got {_size(pixels)}; "
+                "scale all images to one size"
+            )
+        first = first or name
+        decoded.append(pixels)
+    channels = max(pixels.shape[2] for pixels in decoded)
+    stacked = np.stack([np.broadcast_to(pixels, (*pixels.shape[:2], channels)) for pixels in decoded])
+    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+
+
+def _size(pixels: UInt8[np.ndarray, "height width channels"]) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+def _decode(name: str, stream: Path | io.BytesIO) -> UInt8[np.ndarray, "height width channels"]:
+    from PIL import Image
+
+    try:
+        with Image.open(stream) as image:
+            mode, bands = image.mode, image.getbands()
+            if mode.startswith(("I", "F")):
+                raise DataError(f"{name}: expected 8 bits a channel, got an image of mode {mode}; convert it")
+            opaque = image
+            if bands[-1] in ("A", "a") or "transparency" in image.info:
+                opaque = image.convert("RGBA")
+                if opaque.getchannel("A").getextrema() != (255, 255):
+                    raise DataError(f"{name}: expected an opaque image, got a transparent one; flatten it")
+            grey = mode in ("1", "L", "LA", "La")
+            pixels = np.array(opaque.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name}: expected an image that Pillow can read, got {error}") from error
+    return pixels[:, :, None] if grey else pixels

@@ -1,0 +1,254 @@
+"""Run several networks of different precision together and aggregate what they say."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bitquorum import rng
+from bitquorum.convert import Policy, convert, is_stochastic, set_addresses
+from bitquorum.interface import InputError, Method
+from bitquorum.layers import WEIGHTED, QuantLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation(Method, ABC):
+    """Turn the logits of several draws and members into one score per class; the largest is the prediction."""
+
+    differentiable: ClassVar[bool]
+
+    @abstractmethod
+    def __call__(
+        self, logits: Float[Tensor, "draw member batch classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return the scores."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MeanProbability(Aggregation):
+    """Score by the logarithm of the mean of the members' probabilities."""
+
+    differentiable: ClassVar[bool] = True
+
+    def __call__(
+        self, logits: Float[Tensor, "draw member batch classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return log p."""
+        return mean_log_probability(logits.flatten(0, 1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MeanLogits(Aggregation):
+    """Score by the mean of the logits."""
+
+    differentiable: ClassVar[bool] = True
+
+    def __call__(
+        self, logits: Float[Tensor, "draw member batch classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return the log-softmax of the mean logits."""
+        return logits.mean((0, 1)).log_softmax(-1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MajorityVote(Aggregation):
+    """Score by the number of votes; the mean probability decides among equals."""
+
+    differentiable: ClassVar[bool] = False
+
+    def __call__(
+        self, logits: Float[Tensor, "draw member batch classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return votes plus half the mean probability."""
+        return votes(logits) + 0.5 * logits.softmax(-1).mean((0, 1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EmpirVote(Aggregation):
+    """Score by the number of votes; the full-precision member decides every tie for the first place.
+
+    Reference: Sen, Ravindran, Raghunathan, EMPIR, ICLR 2020, https://openreview.net/forum?id=HJem3yHKwH.
+
+    Attributes:
+        full_precision: Position of the full-precision member; -1 for the last.
+    """
+
+    full_precision: int = -1
+    differentiable: ClassVar[bool] = False
+
+    def __call__(
+        self, logits: Float[Tensor, "draw member batch classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return the votes, or under a tie the full-precision member's probabilities."""
+        count = votes(logits)
+        tied = (count == count.amax(-1, keepdim=True)).sum(-1, keepdim=True) > 1
+        return torch.where(tied, logits[:, self.full_precision].softmax(-1).mean(0), count)
+
+
+def mean_log_probability(logits: Float[Tensor, "views batch classes"]) -> Float[Tensor, "batch classes"]:
+    """Return the logarithm of the probability averaged over the first dimension, stably."""
+    logp = logits.log_softmax(-1)
+    return logp[0] if len(logp) == 1 else logp.logsumexp(0) - torch.tensor(float(len(logp))).log()
+
+
+def votes(logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
+    """Return how many (draw, member) pairs prefer each class."""
+    choice = logits.argmax(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(-1, choice, 1.0).sum((0, 1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outputs:
+    """Hold what the members said: logits, and penultimate features with the draws in the first dimension."""
+
+    logits: Float[Tensor, "draw member batch classes"]
+    features: tuple[Tensor, ...]
+
+
+@final
+class Ensemble(nn.Module):
+    """Run members on the same images and return the logits of each.
+
+    Inside `rng.draw` with T seeds a call returns T draws; outside of it, one fresh draw. Members without noise run once
+    and their logits are repeated.
+
+    Args:
+        members: Networks from images in [0, 1] to logits, quantized or float, with separate or shared weights.
+        aggregation: How a prediction is made.
+        passes: Number of draws that one prediction averages over.
+
+    Raises:
+        InputError: if there is no member, or `passes` is below one.
+
+    Examples:
+        >>> float_network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> ensemble = Ensemble.build([float_network] * 2, [Policy(weight_bits=2), None])
+        >>> with rng.draw([1, 2, 3]):
+        ...     ensemble(torch.rand(5, 1, 2, 2)).shape
+        torch.Size([3, 2, 5, 3])
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], *, aggregation: Aggregation | None = None, passes: int = 1
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise InputError("expected at least one member, got none")
+        if passes < 1:
+            raise InputError(f"expected at least one pass per prediction, got {passes}")
+        self.members = nn.ModuleList(members)
+        self.aggregation = aggregation or MeanProbability()
+        self.passes = passes
+        set_addresses(self)
+
+    @classmethod
+    def build(
+        cls,
+        networks: Sequence[nn.Module],
+        policies: Sequence[Policy | None],
+        *,
+        shared: bool = False,
+        aggregation: Aggregation | None = None,
+        passes: int = 1,
+    ) -> "Ensemble":
+        """Quantize one network per policy and make them an ensemble.
+
+        Args:
+            networks: Float networks, one per policy.
+            policies: One per member; `None` for a full-precision member.
+            shared: Whether all members train one set of full-precision weights, that of the first network. Ranges,
+                steps and normalization layers stay apart (the patent's variant, US 2024/0062042 A1).
+            aggregation: How a prediction is made.
+            passes: Number of draws that one prediction averages over.
+        """
+        members = [
+            copy.deepcopy(network) if policy is None else convert(network, policy)
+            for network, policy in zip(networks, policies, strict=True)
+        ]
+        if shared:
+            share_weights(members)
+        return cls(members, aggregation=aggregation, passes=passes)
+
+    def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
+        """Return the logits of every member under every ambient draw."""
+        count = self._draws()
+        batch = images.repeat(count, *[1] * (images.dim() - 1)) if count > 1 else images
+        logits = [
+            member(batch).unflatten(0, (count, -1))
+            if count > 1 and is_stochastic(member)
+            else member(images).expand(count, -1, -1)
+            for member in self.members
+        ]
+        return torch.stack(logits, 1)
+
+    def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
+        """Return logits and the input of each member's last linear layer, its penultimate features."""
+        features: list[Tensor] = []
+        with _record_inputs([classifier(member) for member in self.members], features):
+            logits = self(images)
+        return Outputs(logits=logits, features=tuple(features))
+
+    def predict(
+        self, logits: Float[Tensor, "draw member batch classes"]
+    ) -> Int[Tensor, "prediction batch"]:
+        """Return the predicted classes; each prediction consumes `passes` draws."""
+        parts = logits.split(self.passes)
+        return torch.stack([self.aggregation(part).argmax(-1) for part in parts])
+
+    @staticmethod
+    def _draws() -> int:
+        ambient = rng.current()
+        return len(ambient.seeds) if ambient else 1
+
+
+def share_weights(members: Sequence[nn.Module]) -> None:
+    """Make every member use the weights and biases of the first; normalization and ranges stay its own.
+
+    Raises:
+        InputError: if the members' weighted layers differ in number or shape.
+    """
+    layers = [[module for module in member.modules() if type(module) in WEIGHTED] for member in members]
+    for other in layers[1:]:
+        shapes = [[tuple(layer.weight.shape) for layer in group] for group in (layers[0], other)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"expected members of one architecture to share weights, got layers of shapes {shapes[0]} and {shapes[1]}"
+            )
+        for source, target in zip(layers[0], other, strict=True):
+            target.weight, target.bias = source.weight, source.bias
+
+
+def classifier(member: nn.Module) -> nn.Module:
+    """Return the last linear layer of a member, with its quantizer where it has one."""
+    inner = {id(module.layer) for module in member.modules() if isinstance(module, QuantLayer)}
+    found = [
+        module
+        for module in member.modules()
+        if (isinstance(module, nn.Linear) and id(module) not in inner)
+        or (isinstance(module, QuantLayer) and isinstance(module.layer, nn.Linear))
+    ]
+    if not found:
+        raise InputError(
+            f"expected a member with a linear layer before its logits, got {type(member).__name__}; features need one"
+        )
+    return found[-1]
+
+
+@contextmanager
+def _record_inputs(modules: Sequence[nn.Module], into: list[Tensor]) -> Iterator[None]:
+    hooks = [module.register_forward_pre_hook(lambda _, args: into.append(args[0])) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

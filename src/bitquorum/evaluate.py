@@ -1,0 +1,260 @@
+r"""Measure robust accuracy: the expected accuracy over fresh draws of what an attack leaves.
+
+An attack meets some draws; its images are then judged on others, which it never saw. Each image gets a probability
+of being classified correctly, and the accuracy is the mean of these. Its interval covers both the choice of images and
+the choice of draws.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bitquorum import rng
+from bitquorum.attacks import FGSM, PGD, Attack
+from bitquorum.data import Batch, ImageSet
+from bitquorum.ensemble import Ensemble
+from bitquorum.interface import Cost, InputError, Method
+
+CLEAN = "clean"
+WORST = "worst"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """State an accuracy with everything that belongs to it.
+
+    Attributes:
+        value: Expected accuracy in [0, 1].
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        images: Number of images.
+        draws: Number of fresh predictions of each image.
+    """
+
+    value: float
+    low: float
+    high: float
+    images: int
+    draws: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cell:
+    """Hold the outcome of one attack at one epsilon.
+
+    Attributes:
+        attack: Label of the attack, or `clean`.
+        epsilon: Radius.
+        correct: Whether each fresh prediction of each image was right.
+        cost: Passes spent by the attack on each image.
+        largest: Largest perturbation found, in the maximum norm.
+    """
+
+    attack: str
+    epsilon: float
+    correct: Bool[Tensor, "draws images"]
+    cost: Cost
+    largest: float
+
+    def accuracy(self) -> Accuracy:
+        """Return the expected accuracy with its interval."""
+        return interval(self.correct)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Method):
+    """Attack an ensemble and measure what is left.
+
+    Attributes:
+        attacks: Each is run at every epsilon.
+        epsilons: Radii in the maximum norm, in units of the image; positive and increasing.
+        examples: Number of test images, balanced over classes; 0 for all.
+        draws: Fresh predictions of each image that judge an attack.
+        batch_size: Images attacked at once; it changes results by rounding alone.
+        seed: Of the choice of images, of attacks and of judging draws.
+    """
+
+    attacks: tuple[Attack, ...] = field(
+        default_factory=lambda: (FGSM(), PGD(steps=20), PGD(steps=20, eot=10))
+    )
+    epsilons: tuple[float, ...] = (1 / 255, 2 / 255, 5 / 255, 8 / 255)
+    examples: int = 0
+    draws: int = 20
+    batch_size: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if list(self.epsilons) != sorted(set(self.epsilons)) or not all(0 < e <= 1 for e in self.epsilons):
+            raise InputError(f"expected increasing epsilons in (0, 1], got {self.epsilons}")
+        if min(self.draws, self.batch_size) < 1 or self.examples < 0:
+            raise InputError(
+                "expected at least one draw and one image per batch and examples of at least 0, got "
+                f"{self.draws}, {self.batch_size} and {self.examples}"
+            )
+        labels = [attack.label for attack in self.attacks]
+        if len(set(labels)) != len(labels):
+            raise InputError(f"expected attacks with different labels, got {labels}")
+
+    def cells(self) -> list[tuple[str, float]]:
+        """Return the (attack label, epsilon) of every cell in order, clean first."""
+        return [(CLEAN, 0.0)] + [
+            (attack.label, epsilon) for attack in self.attacks for epsilon in self.epsilons
+        ]
+
+    def choose(self, data: ImageSet) -> ImageSet:
+        """Return the images to evaluate on."""
+        if not self.examples or self.examples >= len(data):
+            return data
+        return data.take(self.examples, seed=rng.derive(self.seed, "examples"))
+
+    def __call__(
+        self,
+        ensemble: Ensemble,
+        data: ImageSet,
+        *,
+        done: Sequence[Cell] = (),
+        on_cell: Callable[[Cell], None] | None = None,
+        on_batch: Callable[[int, int], None] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> list[Cell]:
+        """Return all cells, computing those that are not in `done`.
+
+        Args:
+            ensemble: Put into evaluation mode; its parameters are left without gradients.
+            data: Images and labels, as `choose` returns them.
+            done: Cells of an earlier, interrupted call.
+            on_cell: Called with each new cell.
+            on_batch: Called with batches done and batches in all.
+            device: Where to compute.
+        """
+        ensemble = ensemble.to(device).eval().requires_grad_(False)
+        known = {(cell.attack, cell.epsilon): cell for cell in done}
+        attacks = {attack.label: attack for attack in self.attacks}
+        missing = [key for key in self.cells() if key not in known]
+        total = len(missing) * math.ceil(len(data) / self.batch_size)
+        count = 0
+        for label, epsilon in missing:
+            parts: list[tuple[Tensor, Cost, float]] = []
+            for batch in data.batches(self.batch_size, device=device):
+                parts.append(self._attack(ensemble, batch, attacks.get(label), epsilon))
+                count += 1
+                if on_batch:
+                    on_batch(count, total)
+            correct = torch.cat([part[0] for part in parts], 1)
+            cell = Cell(
+                attack=label,
+                epsilon=epsilon,
+                correct=correct,
+                cost=parts[0][1],
+                largest=max(part[2] for part in parts),
+            )
+            known[label, epsilon] = cell
+            if on_cell:
+                on_cell(cell)
+        return [known[key] for key in self.cells()]
+
+    def _attack(
+        self, ensemble: Ensemble, batch: Batch, attack: Attack | None, epsilon: float
+    ) -> tuple[Tensor, Cost, float]:
+        images, cost = batch.images, Cost()
+        if attack is not None:
+            seed = rng.derive(self.seed, "attack", attack.label, repr(epsilon))
+            result = attack(
+                ensemble, images, batch.labels, epsilon=epsilon, examples=batch.examples, seed=seed
+            )
+            images, cost = result.images, result.cost
+        correct = judge(ensemble, images, batch, draws=self.draws, seed=rng.derive(self.seed, "judge"))
+        return correct.cpu(), cost, float((images - batch.images).abs().max())
+
+
+@torch.no_grad()
+def judge(
+    ensemble: Ensemble, images: Float[Tensor, "batch *image"], batch: Batch, *, draws: int, seed: int
+) -> Bool[Tensor, "draws batch"]:
+    """Return whether each of `draws` fresh predictions of each image is right."""
+    right = []
+    for index in range(draws):
+        with rng.draw(rng.derive_many(seed, ensemble.passes, "draw", index), batch.examples):
+            right.append(ensemble.predict(ensemble(images))[0] == batch.labels)
+    return torch.stack(right)
+
+
+def worst(cells: Sequence[Cell], epsilon: float) -> Cell:
+    """Return the per-image worst case over the attacks at one epsilon.
+
+    For each image the attack is kept that leaves the least expected accuracy. Choosing by the same draws that then state
+    the number makes it low rather than high: by less than the standard error of one image's probability.
+    """
+    rivals = [cell for cell in cells if cell.epsilon == epsilon and cell.attack != CLEAN]
+    if not rivals:
+        raise InputError(f"expected attacks at epsilon {epsilon}, got none")
+    stack = torch.stack([cell.correct for cell in rivals])
+    chosen = stack.float().mean(1).argmin(0)
+    correct = stack[chosen, :, torch.arange(stack.shape[2])].T
+    cost = Cost()
+    for cell in rivals:
+        cost = cost + cell.cost
+    return Cell(
+        attack=WORST,
+        epsilon=epsilon,
+        correct=correct.contiguous(),
+        cost=cost,
+        largest=max(cell.largest for cell in rivals),
+    )
+
+
+def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> Accuracy:
+    r"""Return the mean with a 95 % interval over images and draws.
+
+    The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$, which is
+    unbiased, and never below that of the images alone. Divided into the variance of one image, $p (1 - p) N / (N - 1)$,
+    it gives an effective number of independent trials, which enters the Wilson score interval, so that the interval
+    stays inside [0, 1] and does not shrink to a point; without noise it is that of N trials. What the images share of a
+    draw's noise is known from R draws only: there Student's quantile takes the place of the normal one.
+
+    Args:
+        correct: Whether each prediction of each image was right.
+        z: Normal quantile; the default leaves 2.5 % on either side.
+
+    Examples:
+        >>> result = interval(torch.tensor([[True, True, False, True]] * 3))
+        >>> round(result.value, 2), round(result.low, 2), round(result.high, 2)
+        (0.75, 0.3, 0.95)
+    """
+    x = correct.double()
+    draws, images = x.shape
+    p = float(x.mean())
+    by_image = float((x.mean(0) - p).square().sum()) / max(1, images - 1) / images
+    by_draw = float((x.mean(1) - p).square().sum()) / max(1, draws - 1) / draws
+    residual = x - x.mean(0) - x.mean(1, keepdim=True) + p
+    alone = float(residual.square().sum()) / max(1, (draws - 1) * (images - 1)) / x.numel()
+    shared = max(0.0, by_draw - alone)
+    variance = by_image + shared
+    single = p * (1 - p) * images / max(1, images - 1)
+    trials = single / variance if variance > 0 else float(images)
+    trials = min(max(trials, 1.0), float(x.numel()))
+    if shared:
+        z = _student(z, (draws - 1) * (variance / by_draw) ** 2)
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return Accuracy(
+        value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), images=images, draws=draws
+    )
+
+
+def _student(z: float, degrees: float) -> float:
+    """Return Student's quantile for a normal one (Abramowitz and Stegun, 1964, eq. 26.7.5)."""
+    s = z * z
+    terms = (
+        (s + 1) / 4,
+        ((5 * s + 16) * s + 3) / 96,
+        (((3 * s + 19) * s + 17) * s - 15) / 384,
+        ((((79 * s + 776) * s + 1482) * s - 1920) * s - 945) / 92160,
+    )
+    return z * (1 + sum(term / degrees**power for power, term in enumerate(terms, start=1)))

@@ -1,0 +1,354 @@
+"""Run an experiment into the store: build, train, attack; every part resumes where a kill left it."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitquorum import kernels, rng
+from bitquorum.config import Arm, Experiment, parse
+from bitquorum.data import ImageSet, load
+from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import CLEAN, Cell, Evaluation, worst
+from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors, truncate_jsonl
+from bitquorum.interface import Cost, DataError
+from bitquorum.registry import digest, encode, to_toml
+from bitquorum.store import Run
+from bitquorum.train import Progress
+
+
+class Listener:
+    """Hear of an experiment's progress; this one stays silent. The command line has one that draws bars."""
+
+    def begin(self, task: str, total: int) -> None:
+        """Hear that a task of `total` units begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Hear how many units of the present task are done."""
+
+    def end(self) -> None:
+        """Hear that the present task is done."""
+
+
+def create(experiment: Experiment, root: Path) -> Run:
+    """Return the run of an experiment below `root`; the same experiment finds the same run again."""
+    return Run.create(root, experiment.name, encode(experiment))
+
+
+def experiment_of(run: Run) -> Experiment:
+    """Return the experiment that a stored run holds."""
+    return parse(run.config())
+
+
+def run(
+    experiment: Experiment,
+    root: Path,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    listener: Listener | None = None,
+) -> Run:
+    """Train and evaluate every arm and return the run; finished parts are not repeated.
+
+    Args:
+        experiment: What to do.
+        root: Folder of runs.
+        device: Where to compute.
+        data_root: Folder of data sets; see `data.data_root`.
+        listener: Hears of progress.
+
+    Raises:
+        BitquorumError: if data are missing, the run is locked or a stored file is corrupt.
+    """
+    stored = create(experiment, root)
+    listener = listener or Listener()
+    with _working(stored, experiment, "run"):
+        train_arms(experiment, stored, device=device, data_root=data_root, listener=listener)
+        if _first():
+            evaluate_arms(
+                experiment,
+                stored,
+                experiment.evaluation,
+                device=device,
+                data_root=data_root,
+                listener=listener,
+            )
+    return stored
+
+
+def train(
+    experiment: Experiment,
+    root: Path,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    listener: Listener | None = None,
+) -> Run:
+    """Train every arm and return the run, without attacks."""
+    stored = create(experiment, root)
+    with _working(stored, experiment, "train"):
+        train_arms(experiment, stored, device=device, data_root=data_root, listener=listener or Listener())
+    return stored
+
+
+def evaluate(
+    stored: Run,
+    evaluation: Evaluation,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    listener: Listener | None = None,
+) -> list[dict[str, Any]]:
+    """Attack the trained arms of a stored run and return the rows of the result."""
+    experiment = experiment_of(stored)
+    with _working(stored, experiment, "evaluate"):
+        return evaluate_arms(
+            experiment,
+            stored,
+            evaluation,
+            device=device,
+            data_root=data_root,
+            listener=listener or Listener(),
+        )
+
+
+def results(stored: Run, evaluation: Evaluation | None = None) -> list[dict[str, Any]]:
+    """Return the stored rows of an evaluation, by default the experiment's own; none when it has not run."""
+    chosen = evaluation or experiment_of(stored).evaluation
+    return read_jsonl(_evaluation_folder(stored, chosen) / "metrics.jsonl")
+
+
+def train_arms(
+    experiment: Experiment, stored: Run, *, device: str, data_root: Path | None, listener: Listener
+) -> None:
+    """Train the arms that are not trained yet; under torchrun every process takes part."""
+    images: ImageSet | None = None
+    for arm in experiment.arms:
+        folder = stored.path / "arms" / arm.name
+        if (folder / "weights.safetensors").exists():
+            continue
+        images = images or training_images(experiment, data_root)
+        _train_arm(experiment, arm, images, folder, device, listener)
+
+
+def evaluate_arms(
+    experiment: Experiment,
+    stored: Run,
+    evaluation: Evaluation,
+    *,
+    device: str,
+    data_root: Path | None,
+    listener: Listener,
+) -> list[dict[str, Any]]:
+    """Attack every arm, cell by cell, and store outcomes and rows."""
+    folder = _evaluation_folder(stored, evaluation)
+    atomic_write(folder / "evaluation.toml", to_toml(encode(evaluation)))
+    train = training_images(experiment, data_root)
+    test = evaluation.choose(load(experiment.data.name, "test", root=data_root))
+    rows: list[dict[str, Any]] = []
+    for arm in experiment.arms:
+        ensemble = restore_ensemble(experiment, arm, train, stored)
+        done = [_read_cell(path) for path in sorted((folder / arm.name).glob("*.safetensors"))]
+        listener.begin(f"attack {arm.name}", 0)
+        cells = evaluation(
+            ensemble,
+            test,
+            done=done,
+            on_cell=lambda cell, arm=arm: _write_cell(folder / arm.name, cell, test),
+            on_batch=lambda count, total: listener.advance(count, f"of {total} batches"),
+            device=device,
+        )
+        listener.end()
+        rows += _rows(arm, cells, ensemble)
+    atomic_write(folder / "metrics.jsonl", "".join(json_row(row) for row in rows))
+    return rows
+
+
+def training_images(experiment: Experiment, data_root: Path | None) -> ImageSet:
+    """Return the images that an experiment trains on."""
+    images = load(experiment.data.name, "train", root=data_root)
+    if experiment.data.train:
+        images = images.take(experiment.data.train, seed=rng.derive(experiment.seed, "training images"))
+    return images
+
+
+def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
+    """Return an arm's ensemble before training; equal positions start from equal weights in every arm."""
+    mean, std = _statistics(images) if experiment.data.normalize else (None, None)
+    channels = images.shape[0]
+    networks = []
+    for index in range(len(arm.members)):
+        with rng.torch_seed(rng.derive(experiment.seed, "weights", index)):
+            networks.append(
+                arm.network(
+                    classes=len(images.classes),
+                    shape=images.shape,
+                    mean=mean or (0.0,) * channels,
+                    std=std or (1.0,) * channels,
+                )
+            )
+    policies = [None if policy.is_float else policy for policy in arm.members]
+    return Ensemble.build(
+        networks, policies, shared=arm.shared, aggregation=arm.aggregation, passes=arm.passes
+    )
+
+
+def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored: Run) -> Ensemble:
+    """Return an arm's trained ensemble.
+
+    Raises:
+        DataError: if it is not trained or its file does not fit.
+    """
+    path = stored.path / "arms" / arm.name / "weights.safetensors"
+    if not path.exists():
+        raise DataError(
+            f"expected trained weights at {path}, got none; train the run first with `bitquorum train`"
+        )
+    ensemble = build(experiment, arm, images)
+    try:
+        ensemble.load_state_dict(load_tensors(path)[0])
+    except RuntimeError as error:
+        raise DataError(
+            f"expected weights of arm {arm.name!r} at {path}, got others: {error}; remove the file and train again"
+        ) from error
+    return ensemble
+
+
+@final
+class _Log:
+    """Append training rows, without those that a kill left behind the last checkpoint."""
+
+    def __init__(self, path: Path, listener: Listener) -> None:
+        self.path, self.listener, self.clean = path, listener, False
+
+    def __call__(self, progress: Progress) -> None:
+        if not self.clean:
+            kept = [row for row in read_jsonl(self.path) if row["step"] < progress.step]
+            truncate_jsonl(self.path, len(kept))
+            self.clean = True
+        append_jsonl(self.path, [{"step": progress.step, "split": "train", **progress.values}])
+        left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds_left))
+        self.listener.advance(progress.step, f"loss {progress.values['loss']:.3f}, {left} left")
+
+
+def _train_arm(
+    experiment: Experiment, arm: Arm, images: ImageSet, folder: Path, device: str, listener: Listener
+) -> None:
+    trainer = arm.trainer or experiment.trainer
+    listener.begin(f"train {arm.name}", trainer.epochs * (len(images) // trainer.batch_size))
+    checkpoint = folder / "checkpoint.safetensors"
+    ensemble = trainer(
+        build(experiment, arm, images),
+        images,
+        arm.objective,
+        seed=rng.derive(experiment.seed, "training"),
+        checkpoint=checkpoint,
+        report=_Log(folder / "train.jsonl", listener),
+        device=device,
+    )
+    listener.end()
+    if _first():
+        save_tensors(folder / "weights.safetensors", ensemble.state_dict())
+        checkpoint.unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def _working(stored: Run, experiment: Experiment, what: str) -> Iterator[None]:
+    """Lock a run, choose the kernels and note versions, hardware and time."""
+    if not _first():
+        with kernels.use(experiment.kernels):
+            yield
+        return
+    with stored.lock(), kernels.use(experiment.kernels):
+        started = time.monotonic()
+        ended = "interrupted"
+        try:
+            yield
+            ended = "done"
+        finally:
+            stored.write_environment(
+                {"work": what, "seconds": round(time.monotonic() - started, 1), "ended": ended}
+            )
+
+
+def _first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of each channel, rounded to four digits as is usual."""
+    channels = images.images.movedim(1, 0).flatten(1).double()
+    channels = channels / 255 if images.images.dtype == torch.uint8 else channels
+    mean = tuple(round(float(value), 4) for value in channels.mean(1))
+    std = tuple(max(round(float(value), 4), 1e-4) for value in channels.std(1))
+    return mean, std
+
+
+def _evaluation_folder(stored: Run, evaluation: Evaluation) -> Path:
+    return stored.path / "evaluations" / digest(evaluation)
+
+
+def _write_cell(folder: Path, cell: Cell, data: ImageSet) -> None:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", cell.attack)
+    save_tensors(
+        folder / f"{name}@{cell.epsilon:.6f}.safetensors",
+        {"correct": cell.correct.to(torch.uint8), "labels": data.labels, "examples": data.index},
+        {
+            "attack": cell.attack,
+            "epsilon": repr(cell.epsilon),
+            "forward": str(cell.cost.forward),
+            "backward": str(cell.cost.backward),
+            "largest": repr(cell.largest),
+        },
+    )
+
+
+def _read_cell(path: Path) -> Cell:
+    stored, facts = load_tensors(path)
+    try:
+        correct: Tensor = stored["correct"].bool()
+        return Cell(
+            attack=facts["attack"],
+            epsilon=float(facts["epsilon"]),
+            correct=correct,
+            cost=Cost(forward=int(facts["forward"]), backward=int(facts["backward"])),
+            largest=float(facts["largest"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise DataError(f"expected the outcome of an attack at {path}, got: {error}; remove it") from error
+
+
+def _rows(arm: Arm, cells: Sequence[Cell], ensemble: Ensemble) -> list[dict[str, Any]]:
+    epsilons = sorted({cell.epsilon for cell in cells if cell.attack != CLEAN})
+    parameters = sum(parameter.numel() for parameter in ensemble.parameters())
+    rows = []
+    for cell in [*cells, *(worst(cells, epsilon) for epsilon in epsilons)]:
+        accuracy = cell.accuracy()
+        rows.append(
+            {
+                "arm": arm.name,
+                "members": arm.precision,
+                "parameters": parameters,
+                "split": "test",
+                "attack": cell.attack,
+                "epsilon": cell.epsilon,
+                "name": "accuracy",
+                "value": accuracy.value,
+                "low": accuracy.low,
+                "high": accuracy.high,
+                "images": accuracy.images,
+                "draws": accuracy.draws,
+                "forward": cell.cost.forward,
+                "backward": cell.cost.backward,
+                "largest_perturbation": cell.largest,
+            }
+        )
+    return rows

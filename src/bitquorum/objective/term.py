@@ -1,0 +1,136 @@
+"""Define what a term of the objective sees and what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitquorum import rng
+from bitquorum.ensemble import Ensemble, Outputs
+from bitquorum.interface import InputError, Method
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """Hold one training step: the batch, the network and what it said, computed once and on demand.
+
+    Attributes:
+        ensemble: In training mode.
+        images: In [0, 1]; they carry a gradient when a term asks for one.
+        labels: True classes.
+        examples: Identity of each example, for its noise.
+        progress: Share of the training that is done, in [0, 1].
+        seed: Of this step's draws.
+        memory: Tensors that terms keep from step to step (moving joints); part of the checkpoint.
+        reduce: Average of a tensor over the processes.
+    """
+
+    ensemble: Ensemble
+    images: Float[Tensor, "batch *image"]
+    labels: Int[Tensor, "batch"]
+    examples: Int[Tensor, "batch"]
+    progress: float
+    seed: int
+    memory: MutableMapping[str, Tensor]
+    reduce: "Reduce"
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """The ensemble's answer to the batch, under one draw keyed by the step."""
+        with rng.draw(self.seed, self.examples):
+            return self.ensemble.outputs(self.images)
+
+    @property
+    def logits(self) -> Float[Tensor, "draw member batch classes"]:
+        """The logits of `outputs`, in float32 or wider."""
+        return _wide(self.outputs.logits)
+
+    @cached_property
+    def member_losses(self) -> Float[Tensor, "member batch"]:
+        """Cross-entropy of each member on each example, in nats, averaged over draws."""
+        return cross_entropy(self.logits, self.labels).mean(0)
+
+    def respond(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
+        """Return the logits of other images under the draw of this step."""
+        with rng.draw(self.seed, self.examples):
+            return _wide(self.ensemble(images))
+
+    @contextmanager
+    def attacked(self) -> Iterator[Ensemble]:
+        """Yield the ensemble in evaluation mode without parameter gradients, as an attack wants it.
+
+        Every module's mode and every parameter's `requires_grad` are as before afterwards.
+        """
+        modes = {module: module.training for module in self.ensemble.modules()}
+        parameters = [parameter for parameter in self.ensemble.parameters() if parameter.requires_grad]
+        self.ensemble.eval()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield self.ensemble
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class Reduce:
+    """Average tensors over processes; with one process, return them as they are."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the average of a detached tensor."""
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term(Method, ABC):
+    """Add one named number to the loss.
+
+    Attributes:
+        weight: Factor on the term; its sign may be turned for an ablation.
+        warmup: Share of the training over which the weight grows from zero, linearly.
+    """
+
+    weight: float = 1.0
+    warmup: float = 0.0
+    needs_image_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"expected warmup, a share of the training, in [0, 1], got {self.warmup}")
+
+    def weight_at(self, progress: float) -> float:
+        """Return the weight at a share of the training."""
+        return self.weight * (min(1.0, progress / self.warmup) if self.warmup else 1.0)
+
+    @abstractmethod
+    def __call__(self, step: Step) -> Float[Tensor, ""]:
+        """Return the unweighted value."""
+
+
+def _wide(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy(
+    logits: Float[Tensor, "draw member batch classes"], labels: Int[Tensor, "batch"], smoothing: float = 0.0
+) -> Float[Tensor, "draw member batch"]:
+    """Return the cross-entropy of every draw, member and example in nats, with label smoothing."""
+    logp = logits.log_softmax(-1)
+    true = logp.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
+    return -(1 - smoothing) * true - smoothing * logp.mean(-1)
+
+
+def mean_probability_cross_entropy(
+    logits: Float[Tensor, "draw member batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "draw batch"]:
+    """Return the cross-entropy of the members' mean probability for every draw and example, in nats."""
+    logp = logits.log_softmax(-1).logsumexp(1) - torch.log(torch.tensor(float(logits.shape[1])))
+    return -logp.gather(-1, labels.expand(logp.shape[:-1])[..., None])[..., 0]

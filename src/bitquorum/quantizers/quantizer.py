@@ -1,0 +1,310 @@
+"""Quantize a tensor to a low-bit grid, at random or not, with a useful gradient."""
+
+import math
+from typing import Literal, final, get_args
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+
+from bitquorum import rng
+from bitquorum.interface import InputError
+from bitquorum.quantizers.laws import Deterministic, Law, Logistic, SmoothLaw
+from bitquorum.quantizers.mean import attach_mean, mean_code
+from bitquorum.quantizers.surrogate import Backward, Surrogate, ambient
+
+Grid = Literal["one-sided", "two-sided", "symmetric"]
+
+
+@final
+class Quantizer(nn.Module):
+    r"""Quantize to $2^b$ levels by dithered rounding.
+
+    $$Q(x) = l + \Delta \, \mathrm{clip}(\mathrm{round}((x - l) / \Delta + e), 0, 2^b - 1)$$
+
+    Forward values lie exactly on the grid: they are built from the integer code. The gradient of `mean` is that of
+    $E[Q(x) \mid x]$ in $x$, with an exact second derivative. Learned parameters get these gradients: the step through
+    the drawn code plus through $z$ (its expectation is the gradient of the mean), scaled by
+    $1 / \sqrt{n (2^b - 1)}$ as in LSQ (Esser et al., 2020, https://arxiv.org/abs/1902.08153, section 2.2); the noise
+    scale through the mean. The step is stored as a logarithm, which LSQ does not do.
+
+    Reference: Louizos et al., 2019, https://arxiv.org/abs/1810.01875, eqs. 2-5, for the logistic law. The gradient of
+    the closed-form mean beside a hard forward pass is our choice.
+
+    Args:
+        bits: Number of bits, 1 to 8.
+        grid: `one-sided` (levels from 0 to `high`), `two-sided` (from `low` to `high`), `symmetric` (from `-high` to
+            `high`, an even number of levels, none at zero).
+        low: Lowest level of a two-sided grid, in units of the input.
+        high: Highest level, in units of the input.
+        law: Noise law, in steps.
+        learned: Whether the range is a parameter.
+        channels: Number of channels with a range each; `None` for one range per tensor.
+        axis: Dimension of the channels.
+        backward: Gradient; `None` takes `mean` for a law with noise and `straight-through` for the deterministic one.
+        temperature: Of the concrete relaxation, when `backward` is `gumbel`.
+
+    Raises:
+        InputError: if an argument lies outside its range, or if the gradient of a staircase is asked for.
+
+    Examples:
+        >>> quantize = Quantizer(2, high=3.0, law=Deterministic())
+        >>> quantize(torch.tensor([0.25, 1.6, 9.0]))
+        tensor([0., 2., 3.])
+        >>> quantize.levels()
+        tensor([0., 1., 2., 3.])
+        >>> sq = Quantizer(2, high=3.0)
+        >>> sq(torch.tensor([1.5]), noise=torch.tensor([0.9])), sq.mean(torch.tensor([1.5]))
+        (tensor([2.]), tensor([1.5000]))
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        grid: Grid = "one-sided",
+        low: float = 0.0,
+        high: float = 1.0,
+        law: Law | None = None,
+        learned: bool = False,
+        channels: int | None = None,
+        axis: int = 1,
+        backward: Backward | None = None,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.law: Law = Logistic() if law is None else law
+        _check(bits, grid, low, high, channels, self.law, backward)
+        self.bits, self.top, self.grid, self.axis = bits, 2**bits - 1, grid, axis
+        default: Backward = "mean" if self.law.stochastic else "straight-through"
+        self.surrogate = Surrogate(backward=backward or default, temperature=temperature)
+        self.address = ""
+        self.learned = learned
+        shape = () if channels is None else (channels,)
+        width = 2 * high if grid == "symmetric" else high - (low if grid == "two-sided" else 0.0)
+        self._store("log_step", torch.full(shape, math.log(width / self.top)), parameter=learned)
+        if grid == "two-sided":
+            self._store("low", torch.full(shape, float(low)), parameter=learned)
+        # A fixed range keeps the exact step beside its logarithm, so that 1/255 means 1/255.
+        if not learned:
+            self.register_buffer("fixed_step", torch.full(shape, width / self.top))
+        if isinstance(self.law, SmoothLaw) and self.law.learned:
+            self.raw_scale = nn.Parameter(torch.tensor(math.log(self.law.scale - self.law.floor)))
+
+    def forward(
+        self, x: Float[Tensor, "*shape"], *, noise: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, "*shape"]:
+        """Return `x` on the grid.
+
+        Args:
+            x: Values in any range.
+            noise: Uniform numbers in (0, 1); drawn by `rng` for a batch of activations when omitted.
+        """
+        low, step = self._range(x)
+        z = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x) - low
+        z = z / step
+        code = self._draw(z.detach(), noise)
+        if torch.is_grad_enabled() and (z.requires_grad or self._scale_is_learned):
+            code = self._attach_gradient(code, z)
+        return self._decode(code, low, step).to(x.dtype)
+
+    def codes(
+        self, x: Float[Tensor, "*shape"], *, noise: Float[Tensor, "*shape"] | None = None
+    ) -> Integer[Tensor, "*shape"]:
+        """Return the integer codes in [0, 2**bits - 1] as uint8; `decode` gives the values."""
+        with torch.no_grad():
+            low, step = self._range(x)
+            return self._draw((x - low) / step, noise).to(torch.uint8)
+
+    def decode(self, codes: Int[Tensor, "*shape"] | Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the level of each code, equal bit for bit to what `forward` returns for it."""
+        reference = self.log_step.new_empty((1,) * codes.dim())
+        low, step = self._range(reference)
+        return self._decode(codes.to(step.dtype), low, step).detach()
+
+    def levels(self) -> Float[Tensor, "levels"] | Float[Tensor, "channels levels"]:
+        """Return the grid: [2**bits], or [channels, 2**bits]."""
+        codes = torch.arange(self.top + 1, device=self.log_step.device, dtype=self.log_step.dtype)
+        low, step = self._base()
+        low = low[..., None] if isinstance(low, Tensor) else low
+        return self._decode(codes, low, step[..., None]).detach()
+
+    def mean(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return E[Q(x) | x] in closed form, differentiable to any order."""
+        low, step = self._range(x)
+        return self._decode(mean_code((x - low) / step, self.top, self.law, self.scale()), low, step)
+
+    def probabilities(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape levels"]:
+        """Return P(k | x) for every level k, differentiable."""
+        low, step = self._range(x)
+        return self._probabilities((x - low) / step, self.scale())
+
+    def entropy(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return H(Q(x) | x) in bits for each element: the noise that a draw adds."""
+        p = self.probabilities(x)
+        return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
+
+    def rate(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+        """Return I(x; Q(x)) in bits, exactly, for x uniform over the given elements."""
+        p = self.probabilities(x).flatten(0, -2)
+        marginal = p.mean(0)
+        total = -torch.special.xlogy(marginal, marginal).sum() / math.log(2)
+        return total - self.entropy(x).mean()
+
+    def scale(self) -> Float[Tensor, ""] | float:
+        """Return the noise scale in steps; a learned one never falls below its floor."""
+        if not isinstance(self.law, SmoothLaw):
+            return 1.0
+        return self.law.floor + self.raw_scale.exp() if self.law.learned else self.law.scale
+
+    @torch.no_grad()
+    def fit_range(self, x: Float[Tensor, "*shape"], *, candidates: int = 40) -> None:
+        """Set the range that gives deterministic rounding of `x` the least mean squared error.
+
+        The search covers `candidates` fractions of the largest magnitude, per channel where there are channels. A two-sided
+        grid keeps the smallest value of `x` as its lowest level.
+        """
+        flat = x.detach().float()
+        flat = flat.reshape(1, -1) if self.log_step.dim() == 0 else flat.movedim(self.axis, 0).flatten(1)
+        low = flat.amin(1) if self.grid == "two-sided" else torch.zeros(len(flat), device=flat.device)
+        reach = (flat.abs() if self.grid == "symmetric" else flat - low[:, None]).amax(1).clamp(min=1e-8)
+        best = torch.full_like(reach, torch.inf)
+        chosen = reach.clone()
+        for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
+            step = reach * fraction * (2 if self.grid == "symmetric" else 1) / self.top
+            start = -reach * fraction if self.grid == "symmetric" else low
+            code = ((flat - start[:, None]) / step[:, None]).round().clamp(0, self.top)
+            target = flat.clamp(min=0) if self.grid == "one-sided" else flat
+            error = (start[:, None] + step[:, None] * code - target).square().mean(1)
+            chosen, best = torch.where(error < best, step, chosen), torch.minimum(error, best)
+        self.log_step.copy_(chosen.log().view_as(self.log_step))
+        if not self.learned:
+            self.fixed_step.copy_(chosen.view_as(self.fixed_step))
+        if self.grid == "two-sided":
+            self.low.copy_(low.view_as(self.low))
+
+    def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
+        channels = "" if self.log_step.dim() == 0 else f", channels={len(self.log_step)}"
+        return f"bits={self.bits}, grid={self.grid}, learned={self.learned}{channels}, law={self.law}"
+
+    @property
+    def _scale_is_learned(self) -> bool:
+        return isinstance(self.law, SmoothLaw) and self.law.learned
+
+    def _store(self, name: str, value: Tensor, *, parameter: bool) -> None:
+        if parameter:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def _base(self) -> tuple[Tensor | float, Tensor]:
+        step = self.log_step.exp() if self.learned else self.fixed_step
+        if self.grid == "two-sided":
+            return self.low, step
+        return (-step * (self.top / 2) if self.grid == "symmetric" else 0.0), step
+
+    def _range(self, x: Tensor) -> tuple[Tensor | float, Tensor]:
+        """Return the lowest level and the step, shaped to broadcast against `x`."""
+        low, step = self._base()
+        if self.learned and torch.is_grad_enabled():
+            groups = max(1, self.log_step.numel())
+            factor = 1 / math.sqrt(max(1, x.numel() // groups) * self.top)
+            step = _ScaleGradient.apply(step, factor)
+            if self.grid == "two-sided":
+                low = _ScaleGradient.apply(low, factor)
+            elif self.grid == "symmetric":
+                low = -step * (self.top / 2)
+        if self.log_step.dim() == 0:
+            return low, step
+        shape = [1] * x.dim()
+        shape[self.axis] = -1
+        return (low.view(shape) if isinstance(low, Tensor) else low), step.view(shape)
+
+    def _decode(self, code: Tensor, low: Tensor | float, step: Tensor) -> Tensor:
+        if self.grid == "symmetric":
+            return (code - self.top / 2) * step
+        return code * step if self.grid == "one-sided" else low + code * step
+
+    def _draw(self, z: Tensor, noise: Tensor | None) -> Tensor:
+        if not self.law.stochastic:
+            return z.round().clamp(0, self.top)
+        u = rng.uniform_like(z, self.address) if noise is None else noise
+        scale = self.scale()
+        e = self.law.sample(u, scale.detach() if isinstance(scale, Tensor) else scale)
+        return e.add_(z).round_().clamp_(0, self.top)
+
+    def _attach_gradient(self, code: Tensor, z: Tensor) -> Tensor:
+        chosen = ambient() or self.surrogate
+        backward = chosen.backward or self.surrogate.backward
+        law, scale = self.law, self.scale()
+        if backward == "mean" and isinstance(law, Deterministic):
+            law, scale = Logistic(), Logistic().scale  # only an attacker gets here: BPDA through a smooth stand-in
+        if backward == "gumbel" and law.stochastic:
+            return self._attach_gumbel(code, z, scale, chosen.temperature)
+        if backward == "mean" and isinstance(law, SmoothLaw):
+            if not isinstance(scale, Tensor):
+                return attach_mean(code, z, self.top, law, scale * chosen.width)
+            mean = mean_code(z, self.top, law, scale * chosen.width)
+            return code + (mean - mean.detach())
+        inside = z.clamp(0, self.top)  # the mean of stochastic rounding, and straight-through for every law
+        return code + (inside - inside.detach())
+
+    def _attach_gumbel(
+        self, code: Tensor, z: Tensor, scale: Tensor | float, temperature: float
+    ) -> Tensor:
+        """Relax the draw to a concrete variable, given that its largest component is the drawn code.
+
+        Conditional Gumbel variables: Maddison and Tarlow, 2017; Paulus et al., 2020, https://arxiv.org/abs/2010.04838, eq. 6.
+        Without noise elsewhere the relaxation is the one of Louizos et al., 2019.
+        """
+        logp = self._probabilities(z, scale).clamp(min=1e-20).log()
+        waits = -rng.uniform_like(z[..., None].detach().expand(logp.shape), self.address + "/gumbel").log()
+        index = code.long()[..., None]
+        first = waits.gather(-1, index)
+        others = -(waits / logp.exp() + first).log()
+        perturbed = others.scatter(-1, index, -first.log())
+        weights = torch.softmax(perturbed / temperature, -1)
+        soft = (weights * torch.arange(self.top + 1, device=z.device, dtype=z.dtype)).sum(-1)
+        return code + (soft - soft.detach())
+
+    def _probabilities(self, z: Tensor, scale: Tensor | float) -> Tensor:
+        thresholds = torch.arange(self.top, device=z.device, dtype=z.dtype) + 0.5
+        below = self.law.cdf(thresholds - z[..., None], scale)  # P(code <= k), by symmetry of the law
+        above = self.law.cdf(z[..., None] - thresholds, scale)
+        inner = torch.where(
+            (z[..., None] > thresholds[1:]), above[..., :-1] - above[..., 1:], below[..., 1:] - below[..., :-1]
+        )
+        return torch.cat([below[..., :1], inner, above[..., -1:]], -1)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Return the input, and its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None  # type: ignore[attr-defined]
+
+
+def _check(
+    bits: int, grid: str, low: float, high: float, channels: int | None, law: Law, backward: str | None
+) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise InputError(f"expected bits to be an integer in [1, 8], got {bits!r}")
+    if grid not in get_args(Grid):
+        raise InputError(f"expected a grid among {', '.join(get_args(Grid))}, got {grid!r}")
+    bottom = low if grid == "two-sided" else 0.0
+    if not (math.isfinite(low) and math.isfinite(high) and bottom < high):
+        raise InputError(f"expected finite numbers with {bottom} < high, got low={low}, high={high}")
+    if channels is not None and channels < 1:
+        raise InputError(f"expected at least one channel, got {channels}")
+    if isinstance(law, Deterministic) and backward in ("mean", "gumbel"):
+        raise InputError(
+            f"expected straight-through for a deterministic quantizer, got backward={backward!r}: its mean is a "
+            "staircase, whose gradient is zero almost everywhere; choose a law with noise instead"
+        )

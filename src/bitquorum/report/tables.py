@@ -1,0 +1,90 @@
+"""Lay stored rows out as tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Hold a table of text.
+
+    Attributes:
+        header: Column names.
+        rows: Cells; as many in each row as there are columns.
+        note: What a reader must know: n, draws, intervals.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, without its note.
+
+        Examples:
+            >>> print(Table(header=("a", "b"), rows=(("1", "2"),)).markdown())
+            | a | b |
+            |---|---|
+            | 1 | 2 |
+        """
+        lines = [self.header, ("---",) * len(self.header), *self.rows]
+        text = ["| " + " | ".join(line) + " |" for line in lines]
+        text[1] = text[1].replace(" ", "")
+        return "\n".join(text)
+
+
+def epsilon_label(epsilon: float) -> str:
+    """Return epsilon in the field's notation.
+
+    Examples:
+        >>> epsilon_label(5 / 255), epsilon_label(0.1)
+        ('5/255', '0.1')
+    """
+    levels = epsilon * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{epsilon:g}"
+
+
+def comparison(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return accuracies in percent with intervals: attacks and epsilons down, arms side by side."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    keys = sorted(
+        dict.fromkeys((row["epsilon"], row["attack"]) for row in rows),
+        key=lambda key: (key[0], key[1] == "worst"),
+    )
+    found = {(row["arm"], row["epsilon"], row["attack"]): row for row in rows}
+    members = {row["arm"]: row["members"] for row in rows}
+    body = []
+    for epsilon, attack in keys:
+        cells = [_percent(found.get((arm, epsilon, attack))) for arm in arms]
+        name = "worst of these" if attack == "worst" else attack
+        body.append((epsilon_label(epsilon) if epsilon else "0", name, *cells))
+    images = sorted({row["images"] for row in rows})
+    draws = sorted({row["draws"] for row in rows})
+    note = (
+        f"Expected accuracy in % on {' or '.join(map(str, images))} test images and {' or '.join(map(str, draws))} "
+        "fresh draws that no attack saw, with 95 % intervals over images and draws. "
+        "Epsilon: radius in the maximum norm. Worst: least accuracy per image over the attacks of the same epsilon."
+    )
+    header = ("epsilon", "attack", *(f"{arm} ({members[arm]})" for arm in arms))
+    return Table(header=header, rows=tuple(body), note=note)
+
+
+def environments(rows: Sequence[dict[str, Any]]) -> str:
+    """Return one line on the hardware, versions and time of a run's sessions of work."""
+    if not rows:
+        return "no work recorded"
+    last = rows[-1]
+    seconds = sum(float(row.get("seconds", 0)) for row in rows)
+    devices = [device["name"] for device in last["cuda"]["devices"]]
+    hardware = devices[0] if devices else last["cpu"]["model"]
+    return (
+        f"{seconds / 60:.1f} minutes on {hardware}, {last['threads']['intra_op']} threads, "
+        f"torch {last['versions']['torch']}, bitquorum {last['versions']['bitquorum']}"
+    )
+
+
+def _percent(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

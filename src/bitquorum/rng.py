@@ -1,0 +1,208 @@
+r"""Draw noise that is a function of (seed, address, example, element) and of nothing else.
+
+A stochastic module asks for noise by its *address*, the qualified name that `convert` or `Ensemble` gave it. Inside
+
+    with draw(seed, examples=index):
+        logits = network(images)
+
+the network is a deterministic function: equal calls give equal outputs, two addresses get independent noise, and the
+noise of an example does not depend on its place in the batch, on the batch size or on the number of processes.
+Outside a draw every call takes a fresh seed from torch's global generator.
+
+Several seeds at once, `draw([s_1, ..., s_T])`, give a batch that holds T copies of the examples, seed by seed.
+
+The generator is counter-based. A 64-bit key is derived from (seed, address, example); element number `i` of that
+example gets two rounds of a 32-bit integer mixing function over `i`, the first keyed by the lower half of the key, the
+second by the upper half. The mixing function is the three-shift, two-multiply one that Wellons, *Prospecting for hash
+functions*, 2018, found by search (shifts 16, 15, 15; multipliers 0x21f0aaad, 0xd35a2d97). All of it is integer
+arithmetic, so CPU and CUDA give the same bits. It is no cryptographic generator: an attacker who knows outputs could
+find the seed, which the threat model forbids by decree, not by strength.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitquorum.interface import InputError
+
+_MASK64 = (1 << 64) - 1
+_BLOCK = 1 << 17  # elements mixed at once on a CPU, so that they stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draw:
+    """Hold the seeds of the ambient draw and the identities of the examples in the batch."""
+
+    seeds: tuple[int, ...]
+    examples: Int[Tensor, "batch"] | None = None
+
+
+_CURRENT: ContextVar[Draw | None] = ContextVar("bitquorum_draw", default=None)
+
+
+@contextmanager
+def draw(seeds: int | Sequence[int], examples: Int[Tensor, "batch"] | None = None) -> Iterator[Draw]:
+    """Make every stochastic module inside the block a deterministic function of `seeds` and `examples`.
+
+    Args:
+        seeds: One seed, or T seeds for T draws in one batch, laid out seed by seed.
+        examples: Integer identity of each example of the batch, such as its index in the data set. Without it the
+            examples are numbered by their place in the batch.
+
+    Examples:
+        >>> x = torch.zeros(2, 3)
+        >>> with draw(7):
+        ...     bool((uniform_like(x, "a") == uniform_like(x, "a")).all())
+        True
+    """
+    chosen = (seeds,) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    if not chosen:
+        raise InputError("expected at least one seed for a draw, got none")
+    token = _CURRENT.set(Draw(seeds=chosen, examples=examples))
+    try:
+        yield _CURRENT.get()  # type: ignore[misc]
+    finally:
+        _CURRENT.reset(token)
+
+
+def current() -> Draw | None:
+    """Return the ambient draw, or `None` outside of one."""
+    return _CURRENT.get()
+
+
+def derive(seed: int, *path: int | str) -> int:
+    """Return a child seed in [0, 2**62) that depends on `seed` and on every element of `path`.
+
+    Examples:
+        >>> derive(0, "epoch", 3) == derive(0, "epoch", 3) != derive(0, "epoch", 4)
+        True
+    """
+    text = "\x1f".join([str(int(seed)), *(f"{type(part).__name__}:{part}" for part in path)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
+
+
+def derive_many(seed: int, count: int, *path: int | str) -> list[int]:
+    """Return `count` different child seeds; the first n do not depend on `count`."""
+    return [derive(seed, *path, index) for index in range(count)]
+
+
+def uniform_like(x: Float[Tensor, "rows *rest"], address: str) -> Float[Tensor, "rows *rest"]:
+    """Return noise in (0, 1) for a batch of activations; rows are (seed, example) pairs, seed by seed.
+
+    Args:
+        x: A tensor whose first dimension runs over the examples (T copies of them under T seeds).
+        address: Name of the module that draws.
+
+    Raises:
+        InputError: if the first dimension is not the number of seeds times the number of examples.
+    """
+    rows = x.shape[0]
+    ambient = current() or Draw(seeds=(fresh_seed(),))
+    count = len(ambient.seeds)
+    if rows % count or (ambient.examples is not None and ambient.examples.shape[0] * count != rows):
+        examples = "any number of" if ambient.examples is None else str(ambient.examples.shape[0])
+        raise InputError(
+            f"{address or 'a quantizer'}: expected a batch of {count} seeds x {examples} examples, got {rows} rows; "
+            "keep the batch in the first dimension inside the network"
+        )
+    index = ambient.examples if ambient.examples is not None else torch.arange(rows // count)
+    keys = torch.cat([_example_keys(seed, address, index.to(x.device)) for seed in ambient.seeds])
+    return _uniform(keys, x[0].numel()).view_as(x).to(x.dtype)
+
+
+def uniform_per_draw(x: Float[Tensor, "*shape"], address: str) -> Float[Tensor, "draw *shape"]:
+    """Return noise in (0, 1) for a parameter: one independent tensor like `x` for each ambient seed."""
+    ambient = current() or Draw(seeds=(fresh_seed(),))
+    keys = torch.tensor([_signed(derive(seed, "parameter", address)) for seed in ambient.seeds], device=x.device)
+    return _uniform(_mix64(keys), x.numel()).view(len(keys), *x.shape).to(x.dtype)
+
+
+def uniform(
+    seed: int, examples: Int[Tensor, "batch"], count: int, *, address: str = ""
+) -> Float[Tensor, "batch count"]:
+    """Return `count` numbers in (0, 1) for each example, without an ambient draw (augmentation, random starts)."""
+    return _uniform(_example_keys(seed, address, examples), count)
+
+
+def fresh_seed() -> int:
+    """Return a seed from torch's global generator."""
+    return int(torch.randint(1 << 62, ()).item())
+
+
+@lru_cache(maxsize=4096)
+def _stream(seed: int, address: str) -> int:
+    return _signed(derive(seed, "address", address))
+
+
+def _signed(value: int) -> int:
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _example_keys(seed: int, address: str, examples: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
+    return _mix64(_mix64(examples.long() + _stream(seed, address)) ^ _stream(seed, address + "\x1f"))
+
+
+def _mix64(x: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+    """Mix 64-bit integers (the finalizer of splitmix64: Steele, Lea, Flood, 2014); overflow wraps."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@lru_cache(maxsize=8)
+def _counters(start: int, stop: int, device: torch.device) -> Int[Tensor, "count"]:
+    return torch.arange(start, stop, dtype=torch.int32, device=device)
+
+
+def _mix32(h: Int[Tensor, "*shape"], scratch: Int[Tensor, "*shape"]) -> None:
+    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0xD35A2D97 - (1 << 32)), (15, None)):
+        torch.bitwise_right_shift(h, shift, out=scratch)
+        scratch.bitwise_and_((1 << (32 - shift)) - 1)
+        h.bitwise_xor_(scratch)
+        if multiplier is not None:
+            h.mul_(multiplier)
+
+
+def _uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"]:
+    """Return (k + 1/2) / 2**23 with k the upper 23 bits of the mixed counter: never 0, never 1."""
+    rows = keys.shape[0]
+    out = torch.empty(rows, count, dtype=torch.float32, device=keys.device)
+    halves = keys.view(torch.int32).view(rows, 2)
+    if keys.device.type != "cpu":
+        _fill(out, halves, _counters(0, count, keys.device))
+        return out
+    height = max(1, _BLOCK // max(count, 1))
+    for row in range(0, rows, height):
+        part = slice(row, row + height)
+        for start in range(0, count, _BLOCK):
+            stop = min(start + _BLOCK, count)
+            _fill(out[part, start:stop], halves[part], _counters(start, stop, keys.device))
+    return out
+
+
+def _fill(out: Float[Tensor, "rows count"], halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "count"]) -> None:
+    h = counter + halves[:, :1]
+    scratch = torch.empty_like(h)
+    _mix32(h, scratch)
+    h.bitwise_xor_(halves[:, 1:])
+    _mix32(h, scratch)
+    torch.bitwise_right_shift(h, 9, out=scratch)
+    scratch.bitwise_and_((1 << 23) - 1)
+    out.copy_(scratch).add_(0.5).mul_(2.0**-23)
+
+
+@contextmanager
+def torch_seed(seed: int) -> Iterator[None]:
+    """Seed torch's global generator inside the block and restore it afterwards (weight initialization)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,399 @@
+"""Train an ensemble: one loop, explicit state, resumable to the same bits, on one device or several processes.
+
+Every random choice is keyed: the order of the data by (seed, epoch), augmentation by (seed, epoch, example), quantizer
+noise by (seed, step, layer, example). The state of the training is therefore the weights, the optimizer, the terms'
+memory and two integers; nothing else is saved, and a process that is killed at any moment resumes to the same end.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, final, get_args
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bitquorum import rng
+from bitquorum.convert import calibrate
+from bitquorum.data import Augment, ImageSet
+from bitquorum.ensemble import Ensemble
+from bitquorum.files import load_tensors, save_tensors
+from bitquorum.interface import BitquorumError, InputError, Method
+from bitquorum.objective import Objective, Reduce, Step
+from bitquorum.quantizers import Quantizer
+
+Optimizer = Literal["sgd", "adamw", "adam"]
+Schedule = Literal["onecycle", "cosine", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Tell a listener where a training stands.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps in all.
+        values: Mean of each logged number over the steps since the last report that computed it: `loss`, one per term
+            that has a weight, `lr`.
+        seconds_left: Estimate.
+    """
+
+    step: int
+    steps: int
+    values: dict[str, float]
+    seconds_left: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trainer(Method):
+    """Fit an ensemble to an image set.
+
+    Attributes:
+        epochs: Passes over the data.
+        batch_size: Examples per step, over all processes.
+        optimizer: `sgd` (Nesterov momentum 0.9), `adamw` or `adam`.
+        lr: Peak learning rate.
+        weight_decay: Of layer weights; norms, biases, ranges and noise scales get none.
+        schedule: `onecycle` (linear up over `warmup`, cosine down), `cosine` or `constant`.
+        warmup: Share of the steps of the rise.
+        ema: Decay of the averaged weights that are returned; 0 turns averaging off.
+        clip: Largest gradient norm; 0 for none.
+        augment: Random changes of the training images.
+        precision: `bfloat16` autocasts; `auto` does so on devices where it pays (CUDA, or a CPU with AMX).
+        channels_last: Memory layout of images and convolutions.
+        calibration: Training images that set the first activation ranges; 0 keeps the guesses.
+        checkpoint_seconds: Time between checkpoints.
+        log_every: Steps between reports.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Optimizer = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    schedule: Schedule = "onecycle"
+    warmup: float = 0.25
+    ema: float = 0.0
+    clip: float = 0.0
+    augment: Augment = field(default_factory=Augment)
+    precision: Precision = "auto"
+    channels_last: bool = True
+    calibration: int = 256
+    checkpoint_seconds: float = 60.0
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        choices = {"optimizer": Optimizer, "schedule": Schedule, "precision": Precision}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise InputError(
+                    f"expected {name} among {', '.join(get_args(choice))}, got {getattr(self, name)!r}"
+                )
+        if min(self.epochs, self.batch_size, self.log_every) < 1 or self.calibration < 0:
+            raise InputError(
+                "expected epochs, batch_size and log_every of at least 1 and calibration of at least 0, got "
+                f"{self.epochs}, {self.batch_size}, {self.log_every} and {self.calibration}"
+            )
+        amounts = self.lr > 0 and self.weight_decay >= 0 and self.clip >= 0
+        if not (amounts and 0 <= self.ema < 1 and 0 <= self.warmup < 1):
+            raise InputError(
+                "expected lr > 0, weight_decay and clip >= 0, ema and warmup in [0, 1), got "
+                f"{self.lr}, {self.weight_decay}, {self.clip}, {self.ema} and {self.warmup}"
+            )
+
+    def __call__(
+        self,
+        ensemble: Ensemble,
+        data: ImageSet,
+        objective: Objective,
+        *,
+        seed: int = 0,
+        checkpoint: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Ensemble:
+        """Train in place and return the ensemble, with averaged weights when `ema` asks for them.
+
+        Args:
+            ensemble: Moved to `device`.
+            data: Training images.
+            objective: Loss.
+            seed: Of order, augmentation and noise.
+            checkpoint: File to resume from and to save to; every process may name the same one.
+            report: Called every `log_every` steps and at the end, in the first process.
+            device: Where to train.
+
+        Raises:
+            InputError: if the data hold fewer images than a batch.
+            DivergedError: if the loss is not finite.
+        """
+        return _Training(self, ensemble, data, objective, seed, torch.device(device)).run(checkpoint, report)
+
+    def lr_at(self, progress: float) -> float:
+        """Return the learning rate at a share of the training."""
+        if self.schedule == "constant":
+            return self.lr
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        if progress < self.warmup:
+            return self.lr * (0.04 + 0.96 * progress / self.warmup)
+        fall = (progress - self.warmup) / (1 - self.warmup)
+        return self.lr * (1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * fall)))
+
+
+class DivergedError(BitquorumError):
+    """Report a loss that is not finite."""
+
+
+class _Training:
+    """Hold the state of one training."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        ensemble: Ensemble,
+        data: ImageSet,
+        objective: Objective,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        if len(data) < trainer.batch_size:
+            raise InputError(
+                f"expected at least one batch of {trainer.batch_size} images, got {len(data)}; lower batch_size"
+            )
+        self.trainer, self.data, self.objective = trainer, data, objective
+        self.seed, self.device = seed, device
+        layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
+        self.layout = layout
+        self.ensemble = ensemble.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.rank, self.world = _processes()
+        self.per_epoch = len(data) // trainer.batch_size
+        self.steps = trainer.epochs * self.per_epoch
+        self.step = 0
+        self.order, self.ordered = torch.empty(0, dtype=torch.int64), -1
+        self.memory: dict[str, Tensor] = {}
+        self.optimizer = _optimizer(trainer, self.ensemble)
+        self.average: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.counted: dict[str, int] = {}
+
+    def run(self, checkpoint: Path | None, report: Callable[[Progress], None] | None) -> Ensemble:
+        """Train from the checkpoint, or from the start, to the end."""
+        if checkpoint is not None and checkpoint.exists():
+            self._load(checkpoint)
+        else:
+            self._begin()
+        self.ensemble.train()
+        started = saved = time.monotonic()
+        first = self.step
+        for images, labels, examples in self._batches():
+            self._update(images, labels, examples)
+            now = time.monotonic()
+            if report and self.rank == 0 and (self._due() or self.step == self.steps):
+                left = (now - started) / (self.step - first) * (self.steps - self.step)
+                report(Progress(step=self.step, steps=self.steps, values=self._drain(), seconds_left=left))
+            if checkpoint is not None and now - saved > self.trainer.checkpoint_seconds:
+                self._save(checkpoint)
+                saved = now
+        if checkpoint is not None:
+            self._save(checkpoint)
+        if self.average:
+            self.ensemble.load_state_dict(self.average)
+        return self.ensemble.eval()
+
+    def _begin(self) -> None:
+        count = min(self.trainer.calibration, len(self.data))
+        if count:
+            sample = self.data.take(count).batch(torch.arange(count), self.device)
+            with rng.draw(rng.derive(self.seed, "calibration"), sample.examples):
+                for member in self.ensemble.members:
+                    calibrate(member, self._laid_out(sample.images))
+        if self.trainer.ema:
+            self.average = {name: value.clone() for name, value in self.ensemble.state_dict().items()}
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield this process's part of every batch that is left, augmented."""
+        size = self.trainer.batch_size
+        while self.step < self.steps:
+            epoch, place = divmod(self.step, self.per_epoch)
+            if self.ordered != epoch:
+                self.order, self.ordered = self._order(epoch), epoch
+            positions = self.order[place * size : (place + 1) * size].tensor_split(self.world)[self.rank]
+            batch = self.data.batch(positions, self.device)
+            images = self.trainer.augment(
+                batch.images, batch.examples, rng.derive(self.seed, "augment", epoch)
+            )
+            yield self._laid_out(images), batch.labels, batch.examples
+
+    def _order(self, epoch: int) -> Int[Tensor, "images"]:
+        generator = torch.Generator().manual_seed(rng.derive(self.seed, "order", epoch))
+        return torch.randperm(len(self.data), generator=generator)
+
+    def _update(self, images: Tensor, labels: Tensor, examples: Tensor) -> None:
+        progress = self.step / self.steps
+        rate = self.trainer.lr_at(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.objective.needs_image_gradient:
+            images = images.requires_grad_()
+        with self._autocast():
+            loss, values = self.objective(
+                Step(
+                    ensemble=self.ensemble,
+                    images=images,
+                    labels=labels,
+                    examples=examples,
+                    progress=progress,
+                    seed=rng.derive(self.seed, "step", self.step),
+                    memory=self.memory,
+                    reduce=_Mean() if self.world > 1 else Reduce(),
+                )
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        if loss.requires_grad:  # not so while every term waits for its warm-up
+            loss.backward()
+            self._reduce_gradients(len(images))
+        if self.trainer.clip:
+            nn.utils.clip_grad_norm_(self.ensemble.parameters(), self.trainer.clip)
+        self.optimizer.step()
+        self.step += 1
+        self._average()
+        self._log({"loss": loss.detach(), **values, "lr": torch.tensor(rate)})
+
+    def _reduce_gradients(self, images: int) -> None:
+        """Average gradients over the processes, weighted by their share of the batch."""
+        if self.world == 1:
+            return
+        share = images * self.world / self.trainer.batch_size
+        gradients = [p.grad for p in self.ensemble.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).mul_(share / self.world)
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        # Batches are normalized within a process; the running statistics are those of all processes.
+        for name, buffer in self.ensemble.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                dist.all_reduce(buffer.div_(self.world))
+
+    def _average(self) -> None:
+        decay = min(self.trainer.ema, (1 + self.step) / (10 + self.step))  # short memory at the start
+        for name, value in self.ensemble.state_dict().items() if self.average else ():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
+
+    def _log(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, torch.zeros(())) + torch.as_tensor(value).cpu()
+            self.counted[name] = self.counted.get(name, 0) + 1
+        if self._due() or self.step == self.steps:
+            loss = float(self.totals["loss"])
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"expected a finite loss, got {loss} before step {self.step}; lower lr or set clip"
+                )
+            if self.rank:
+                self._drain()
+
+    def _due(self) -> bool:
+        return self.step % self.trainer.log_every == 0
+
+    def _drain(self) -> dict[str, float]:
+        values = {name: float(total) / self.counted[name] for name, total in self.totals.items()}
+        self.totals, self.counted = {}, {}
+        return values
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.layout) if images.dim() == 4 else images
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        low = self.trainer.precision == "bfloat16" or (
+            self.trainer.precision == "auto" and bfloat16_pays(self.device)
+        )
+        return torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
+
+    def _save(self, path: Path) -> None:
+        if self.rank:
+            return
+        state = {f"model.{name}": value for name, value in self.ensemble.state_dict().items()}
+        state |= {f"average.{name}": value for name, value in self.average.items()}
+        state |= {f"memory.{name}": value for name, value in self.memory.items()}
+        state |= {f"total.{name}": value for name, value in self.totals.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": torch.as_tensor(slot) for name, slot in slots.items()}
+        counts = {"step": self.step, "steps": self.steps, "counted": self.counted, "seed": self.seed}
+        save_tensors(path, state, {"state": json.dumps(counts)})
+
+    def _load(self, path: Path) -> None:
+        state, metadata = load_tensors(path, str(self.device))
+        counts = json.loads(metadata["state"])
+        if (counts["steps"], counts["seed"]) != (self.steps, self.seed):
+            raise InputError(
+                f"{path}: expected a checkpoint of a training of {self.steps} steps with seed {self.seed}, got "
+                f"{counts['steps']} steps with seed {counts['seed']}; remove it to begin anew"
+            )
+        part = partial(_under, state)
+        self.ensemble.load_state_dict(part("model."))
+        self.average, self.memory = part("average."), part("memory.")
+        self.totals = {name: value.cpu() for name, value in part("total.").items()}
+        self.step, self.counted = counts["step"], counts["counted"]
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, _, slot = name.partition(".")
+            slots.setdefault(int(index), {})[slot] = value
+        self.optimizer.load_state_dict(
+            {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+
+
+class _Mean(Reduce):
+    """Average over all processes."""
+
+    def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Return whether bfloat16 is the faster choice: CUDA from Ampere on, or a CPU with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _processes() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _optimizer(trainer: Trainer, ensemble: Ensemble) -> torch.optim.Optimizer:
+    ranges = {
+        id(parameter)
+        for module in ensemble.modules()
+        if isinstance(module, Quantizer)
+        for parameter in module.parameters()
+    }
+    decayed, free = [], []
+    for parameter in ensemble.parameters():
+        (free if parameter.dim() < 2 or id(parameter) in ranges else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": trainer.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    if trainer.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=trainer.lr, momentum=0.9, nesterov=True)
+    kind = torch.optim.AdamW if trainer.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=trainer.lr)
