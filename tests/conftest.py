@@ -1,4 +1,4 @@
-"""Check shapes and types at run time in every test, and keep tests deterministic and apart."""
+"""Check shapes and types at run time in every test, and keep the tests apart from each other."""
 
 import typing
 
@@ -10,9 +10,21 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from bitquorum import interface  # noqa: E402
+from bitquorum import interface, rng  # noqa: E402
+from bitquorum.quantizers import surrogate  # noqa: E402
 
-typing.runtime_checkable(interface.Model)
+typing.runtime_checkable(interface.Model)  # lets the hook check that a model can be called
 settings.register_profile("bitquorum", deadline=None, derandomize=True)
 settings.load_profile("bitquorum")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _apart():
+    """Start every test from one state of torch's generator, and fail the test that leaves ambient state behind."""
+    with rng.torch_seed(0):
+        yield
+    assert rng.current() is None, "the test left a draw open"
+    assert surrogate.ambient() is None, "the test left a surrogate open"
+    assert torch.get_default_dtype() == torch.float32, "the test left another default dtype"
+    assert torch.is_grad_enabled(), "the test left gradients switched off"

@@ -73,12 +73,9 @@ def cifar(count: int, label_bytes: int = 1, classes: int = 10) -> bytes:
     return np.concatenate([labels, pixels(count, 12)], axis=1).tobytes()
 
 
-def cifar_source(
-    url: str, content: dict[str, bytes], packed: bytes, *, sums: bool = True, **fields
-) -> Source:
+def cifar_source(url: str, content: dict[str, bytes], packed: bytes, *, sums: bool = True, **fields) -> Source:
     holds = tuple(
-        PublishedFile(name=name, size=len(data), md5=md5(data) if sums else None)
-        for name, data in content.items()
+        PublishedFile(name=name, size=len(data), md5=md5(data) if sums else None) for name, data in content.items()
     )
     names = tuple(content)
     source = Source(
@@ -124,9 +121,7 @@ def idx_source(url: str) -> tuple[Source, dict[str, bytes]]:
 
 
 CIFAR_FILES = {"one.bin": cifar(3), "two.bin": cifar(5), "test.bin": cifar(4)}
-CIFAR_TAR = tar(
-    {f"tiny-bin/{name}": data for name, data in CIFAR_FILES.items()} | {"tiny-bin/readme.html": b"x"}
-)
+CIFAR_TAR = tar({f"tiny-bin/{name}": data for name, data in CIFAR_FILES.items()} | {"tiny-bin/readme.html": b"x"})
 
 
 class Server:
@@ -267,9 +262,7 @@ def test_batches_cover_the_set_in_order_once():
         data.batches(0)
 
 
-@pytest.mark.parametrize(
-    "positions", [torch.tensor([20]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor(3)]
-)
+@pytest.mark.parametrize("positions", [torch.tensor([20]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor(3)])
 def test_positions_outside_or_of_another_kind_are_refused(positions):
     with refused(InputError, r"expected (positions in 0\.\.19|a list of integer)"):
         image_set(20).batch(positions)
@@ -383,9 +376,7 @@ def test_cifar_label_bytes_and_channel_order():
 
 
 @QUICK
-@given(
-    where=st.floats(0, 1, exclude_max=True), packed=st.booleans(), layout=st.sampled_from(["idx", "cifar"])
-)
+@given(where=st.floats(0, 1, exclude_max=True), packed=st.booleans(), layout=st.sampled_from(["idx", "cifar"]))
 def test_a_truncated_file_is_always_a_data_error(where, packed, layout):
     if layout == "idx":
         source, files = idx_source("")
@@ -490,9 +481,7 @@ def test_published_tables_are_consistent():
     for source in SOURCES.values():
         assert set(source.train + source.test) == set(source.files)
         assert len(set(source.classes)) == len(source.classes) in (10, 100)
-        sums = [item.md5 for item in source.downloads] + [
-            file.md5 for file in source.files.values() if file.md5
-        ]
+        sums = [item.md5 for item in source.downloads] + [file.md5 for file in source.files.values() if file.md5]
         assert all(re.fullmatch("[0-9a-f]{32}", text) for text in sums)
         assert len(set(sums)) == len(sums)
     assert list(SOURCES["cifar100"].classes) == sorted(SOURCES["cifar100"].classes)
@@ -507,9 +496,7 @@ def write_image(path: Path, array: np.ndarray, **options) -> None:
 
 
 def test_folder_reads_sorted_classes_and_files(tmp_path):
-    arrays = {
-        name: pixels(seed, 4, 5, 3)[0] for seed, name in enumerate(("b/2.png", "a/1.bmp", "b/10.png"), 1)
-    }
+    arrays = {name: pixels(seed, 4, 5, 3)[0] for seed, name in enumerate(("b/2.png", "a/1.bmp", "b/10.png"), 1)}
     for name, array in arrays.items():
         write_image(tmp_path / "train" / name, array)
     (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
@@ -525,9 +512,7 @@ def test_folder_grey_stays_grey_and_mixes_to_rgb(tmp_path):
     grey = pixels(1, 3, 3)[0]
     write_image(tmp_path / "train" / "a" / "1.png", grey)
     assert np.array_equal(load(f"folder:{tmp_path}", "train").images[0, 0].numpy(), grey)
-    write_image(
-        tmp_path / "train" / "a" / "2.png", np.dstack([pixels(2, 3, 3, 3)[0], np.full((3, 3), 255, np.uint8)])
-    )
+    write_image(tmp_path / "train" / "a" / "2.png", np.dstack([pixels(2, 3, 3, 3)[0], np.full((3, 3), 255, np.uint8)]))
     mixed = load(f"folder:{tmp_path}", "train")
     assert mixed.shape == (3, 3, 3)
     assert np.array_equal(mixed.images[0].numpy(), np.stack([grey] * 3))
@@ -709,9 +694,7 @@ def test_a_server_without_ranges_that_cuts_off_ends_with_an_error(tmp_path, serv
 def test_a_wrong_sum_is_named_and_leaves_nothing(tmp_path, server):
     wrong = bytes([CIFAR_TAR[0] ^ 1]) + CIFAR_TAR[1:]
     server.files["tiny.tar.gz"] = wrong
-    with pytest.raises(
-        DataError, match=f"MD5 {md5(CIFAR_TAR)}, got .* MD5 {md5(wrong)}; the file was removed"
-    ):
+    with pytest.raises(DataError, match=f"MD5 {md5(CIFAR_TAR)}, got .* MD5 {md5(wrong)}; the file was removed"):
         install(cifar_source(server.url, CIFAR_FILES, CIFAR_TAR), root=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -738,9 +721,7 @@ def test_a_malicious_path_in_an_archive_is_refused(tmp_path, name):
     packed = tar({name: b"evil", **CIFAR_FILES})
     (tmp_path / "tiny.tar.gz").write_bytes(packed)
     with pytest.raises(DataError, match="expected plain files below one folder, got the member"):
-        install(
-            cifar_source("", CIFAR_FILES, packed), origin=tmp_path / "tiny.tar.gz", root=tmp_path / "root"
-        )
+        install(cifar_source("", CIFAR_FILES, packed), origin=tmp_path / "tiny.tar.gz", root=tmp_path / "root")
     assert contents(tmp_path) == {"tiny.tar.gz": packed}
     assert not list(tmp_path.parent.glob("evil*"))
 
@@ -750,9 +731,7 @@ def test_links_missing_members_and_false_members_are_refused(tmp_path):
         "got the member 'one.bin'": tar(CIFAR_FILES, tarfile.SYMTYPE),
         "expected the files test.bin, got": tar({name: CIFAR_FILES[name] for name in ("one.bin", "two.bin")}),
         "one.bin: expected 39 bytes .* got 38": tar({**CIFAR_FILES, "one.bin": CIFAR_FILES["one.bin"][:-1]}),
-        "one.bin: expected 39 bytes .* got more": tar(
-            {**CIFAR_FILES, "one.bin": CIFAR_FILES["one.bin"] + b"x"}
-        ),
+        "one.bin: expected 39 bytes .* got more": tar({**CIFAR_FILES, "one.bin": CIFAR_FILES["one.bin"] + b"x"}),
         "expected a tar.gz archive": b"no archive",
         "expected a tar.gz archive, got Compressed": CIFAR_TAR[:200],
     }
@@ -788,16 +767,10 @@ def test_from_a_folder_takes_the_file_whose_sum_fits(tmp_path):
         (tmp_path / place).mkdir()
         for name, data in packed.items():
             content = gzip.decompress(data)
-            (tmp_path / place / name).write_bytes(
-                gzip.compress(content[: len(content) - len(change)] + change)
-            )
+            (tmp_path / place / name).write_bytes(gzip.compress(content[: len(content) - len(change)] + change))
     folder = install(source, origin=tmp_path, root=tmp_path / "root")
-    assert contents(folder) == {
-        name.removesuffix(".gz"): gzip.decompress(data) for name, data in packed.items()
-    }
-    with pytest.raises(
-        DataError, match=r"train-images.gz: expected 112 bytes with MD5 .* got 112 bytes with MD5"
-    ):
+    assert contents(folder) == {name.removesuffix(".gz"): gzip.decompress(data) for name, data in packed.items()}
+    with pytest.raises(DataError, match=r"train-images.gz: expected 112 bytes with MD5 .* got 112 bytes with MD5"):
         install(source, origin=tmp_path / "a-other-set", root=tmp_path / "other")
     assert contents(tmp_path / "other") == {}
 
@@ -879,9 +852,7 @@ def test_augment_does_not_depend_on_the_place_in_the_batch(augment):
     whole = augment(images, examples, 5)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     assert torch.equal(augment(images[order], examples[order], 5), whole[order])
-    assert torch.equal(
-        torch.cat([augment(images[i : i + 1], examples[i : i + 1], 5) for i in range(50)]), whole
-    )
+    assert torch.equal(torch.cat([augment(images[i : i + 1], examples[i : i + 1], 5) for i in range(50)]), whole)
     assert not torch.equal(augment(images, examples, 6), whole)
     assert whole.min() >= 0
     assert whole.max() <= 1
@@ -916,9 +887,7 @@ def test_crop_equals_padding_and_cutting_back():
     examples, augment = torch.arange(64), Augment(crop=2)
     row, column = shifts(augment(marks, examples, 9))
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    for image, pad, down, right in zip(
-        augment(images, examples, 9), padded, row - 2, column - 3, strict=True
-    ):
+    for image, pad, down, right in zip(augment(images, examples, 9), padded, row - 2, column - 3, strict=True):
         top, left = 2 - int(down), 2 - int(right)
         assert torch.equal(image, pad[:, top : top + 5, left : left + 6])
 

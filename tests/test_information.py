@@ -87,9 +87,7 @@ def test_mutual_information_of_independent_and_identical_variables():
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.11, 0.3, 0.5, 0.9, 1.0])
 def test_binary_symmetric_channel(p):
     flips = sum(-q * math.log2(q) for q in (p, 1 - p) if q > 0)
-    assert info.mutual_information(info.binary_symmetric_channel(p)).item() == pytest.approx(
-        1 - flips, abs=1e-12
-    )
+    assert info.mutual_information(info.binary_symmetric_channel(p)).item() == pytest.approx(1 - flips, abs=1e-12)
 
 
 def test_conditional_mutual_information_is_the_mean_over_classes():
@@ -345,9 +343,7 @@ def test_clusters_have_the_renyi_entropy_of_their_shares(alpha):
     points = 100.0 * torch.arange(4, dtype=torch.float64).repeat_interleave(shares)[:, None]
     p = (shares / 8).double()
     expected = info.entropy(p) if alpha == 1 else (p**alpha).sum().log2() / (1 - alpha)
-    assert info.renyi_entropy(info.gram(points, 1.0), alpha).item() == pytest.approx(
-        expected.item(), abs=1e-9
-    )
+    assert info.renyi_entropy(info.gram(points, 1.0), alpha).item() == pytest.approx(expected.item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.01, 2.0])
@@ -372,9 +368,7 @@ def test_information_ignores_order_rotation_shift_and_scale(bandwidth, alpha):
     order = torch.randperm(24, generator=generator(2))
     turn = torch.linalg.qr(features(3, 3, 3)).Q
     for changed, other in ((a[order], b[order]), (a @ turn, b), (a + 5, 0.01 * b)):
-        assert torch.allclose(
-            info.renyi_mutual_information(changed, other, alpha, bandwidth), value, atol=1e-10
-        )
+        assert torch.allclose(info.renyi_mutual_information(changed, other, alpha, bandwidth), value, atol=1e-10)
     assert torch.allclose(info.renyi_mutual_information(b, a, alpha, bandwidth), value)
 
 
@@ -431,9 +425,7 @@ def test_gram_is_normalised_in_every_precision(dtype):
 def test_a_large_mean_costs_no_precision():
     x = (features(10, 32, 8) * 0.01 + 100).float()  # on the float32 grid, so that only the arithmetic differs
     for bandwidth in ("median", "silverman", 0.02):
-        assert torch.allclose(
-            info.gram(x, bandwidth).double(), info.gram(x.double(), bandwidth), rtol=1e-3, atol=0
-        )
+        assert torch.allclose(info.gram(x, bandwidth).double(), info.gram(x.double(), bandwidth), rtol=1e-3, atol=0)
 
 
 # Gradients
@@ -578,9 +570,7 @@ def test_bad_predictions_are_refused(rows):
 
 
 def test_messages_say_what_came_and_what_to_do():
-    with pytest.raises(
-        InputError, match=r"mutual_information: expected probabilities.*sums from 2 to 2.*softmax"
-    ):
+    with pytest.raises(InputError, match=r"mutual_information: expected probabilities.*sums from 2 to 2.*softmax"):
         info.mutual_information(BAD_TABLES["unnormalised"])
     with pytest.raises(InputError, match=r"minimum of -0.25"):
         info.mutual_information(BAD_TABLES["negative"])

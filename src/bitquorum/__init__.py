@@ -1,7 +1,8 @@
 """Ensembles of low-bit networks with a differentiable stochastic quantizer, attacked honestly.
 
     >>> import torch, bitquorum
-    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    >>> from torch import nn
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     >>> quantized = bitquorum.convert(network, bitquorum.Policy(weight_bits=4, activation_bits=3))
     >>> with bitquorum.draw(seed := 7):
     ...     logits = quantized(torch.rand(5, 1, 8, 8))
@@ -39,7 +40,7 @@ _HOME = {
     "worst": "evaluate",
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from bitquorum.interface import BitquorumError, ConfigError
-
 if TYPE_CHECKING:
     from bitquorum.report import Table
     from bitquorum.store import Run
@@ -38,28 +36,19 @@ app.add_typer(data_app, name="data")
 out = Console()
 err = Console(stderr=True)
 
-Source = Annotated[
-    str, typer.Argument(help="Name of a preset (`bitquorum list --presets`) or path of a TOML file.")
-]
+Source = Annotated[str, typer.Argument(help="Name of a preset (`bitquorum list --presets`) or path of a TOML file.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes, such as `trainer.epochs=3` or `arms.0.network.width=32`."),
+    list[str] | None, typer.Argument(help="Changes, such as `trainer.epochs=3` or `arms.0.network.width=32`.")
 ]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", envvar="BITQUORUM_RUNS")]
-DataRoot = Annotated[
-    Path | None, typer.Option("--data", help="Folder of data sets.", envvar="BITQUORUM_DATA")
-]
+DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder of data sets.", envvar="BITQUORUM_DATA")]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")]
 RUNS = Path("runs")
 
 
 @app.command()
 def run(
-    source: Source,
-    overrides: Overrides = None,
-    runs: Root = RUNS,
-    data: DataRoot = None,
-    device: Device = "auto",
+    source: Source, overrides: Overrides = None, runs: Root = RUNS, data: DataRoot = None, device: Device = "auto"
 ) -> None:
     """Train and attack every arm of an experiment, store all of it, and print the table.
 
@@ -71,21 +60,17 @@ def run(
     from bitquorum import experiment
     from bitquorum.config import read
 
-    chosen = read(source, overrides or [])
+    chosen, place = read(source, overrides or []), _device(device)
     stored = experiment.create(chosen, runs)
-    with _resumable(stored), _processes(), _bars() as listener:
-        experiment.run(chosen, runs, device=_device(device), data_root=data, listener=listener)
+    with _resumable(stored), _processes(place), _bars() as listener:
+        experiment.run(chosen, runs, device=place, data_root=data, listener=listener)
     if _speaks():
         _show(stored)
 
 
 @app.command()
 def train(
-    source: Source,
-    overrides: Overrides = None,
-    runs: Root = RUNS,
-    data: DataRoot = None,
-    device: Device = "auto",
+    source: Source, overrides: Overrides = None, runs: Root = RUNS, data: DataRoot = None, device: Device = "auto"
 ) -> None:
     """Train every arm of an experiment without attacking it.
 
@@ -95,22 +80,19 @@ def train(
     from bitquorum import experiment
     from bitquorum.config import read
 
-    chosen = read(source, overrides or [])
+    chosen, place = read(source, overrides or []), _device(device)
     stored = experiment.create(chosen, runs)
-    with _resumable(stored), _processes(), _bars() as listener:
-        experiment.train(chosen, runs, device=_device(device), data_root=data, listener=listener)
+    with _resumable(stored), _processes(place), _bars() as listener:
+        experiment.train(chosen, runs, device=place, data_root=data, listener=listener)
     if _speaks():
         out.print(f"Trained; the run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 
 
 @app.command()
 def evaluate(
-    query: Annotated[
-        str, typer.Argument(metavar="RUN", help="Path, name or digest of a run; see `bitquorum list`.")
-    ],
+    query: Annotated[str, typer.Argument(metavar="RUN", help="Path, name or digest of a run; see `bitquorum list`.")],
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to the stored evaluation, such as `examples=500 draws=50`."),
+        list[str] | None, typer.Argument(help="Changes to the stored evaluation, such as `examples=500 draws=50`.")
     ] = None,
     runs: Root = RUNS,
     data: DataRoot = None,
@@ -130,17 +112,13 @@ def evaluate(
     table = encode(experiment.experiment_of(stored).evaluation)
     chosen = decode(Evaluation, apply_overrides(table, overrides or []))
     with _resumable(stored), _bars() as listener:
-        rows = experiment.evaluate(
-            stored, chosen, device=_device(device), data_root=data, listener=listener
-        )
+        rows = experiment.evaluate(stored, chosen, device=_device(device), data_root=data, listener=listener)
     _print_table(comparison(rows))
 
 
 @app.command()
 def show(
-    query: Annotated[
-        str, typer.Argument(metavar="RUN", help="Path, name or digest of a run; see `bitquorum list`.")
-    ],
+    query: Annotated[str, typer.Argument(metavar="RUN", help="Path, name or digest of a run; see `bitquorum list`.")],
     runs: Root = RUNS,
     config: Annotated[bool, typer.Option("--config", help="Print the config instead, as TOML.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
@@ -153,8 +131,8 @@ def show(
     stored = Run.find(runs, query)
     if config:
         print((stored.path / "config.toml").read_text(encoding="utf-8"), end="")
-    elif markdown:
-        print(comparison(results(stored)).markdown())
+    elif markdown and (rows := results(stored)):
+        print(comparison(rows).markdown())
     else:
         _show(stored)
 
@@ -168,11 +146,11 @@ def list_(
     if presets:
         from bitquorum.config import presets as known
 
-        _print_rows(
-            ("preset", "what it is"), [(name, text.splitlines()[0].lstrip("# ")) for name, text in known().items()]
-        )
+        purposes = [(name, text.splitlines()[0].lstrip("# ")) for name, text in known().items()]
+        _print_rows(("preset", "what it is"), purposes)
         return
-    from bitquorum.experiment import experiment_of, results
+    from bitquorum.experiment import experiment_of, progress_of
+    from bitquorum.interface import BitquorumError
     from bitquorum.store import Run
 
     stored = Run.listing(runs)
@@ -181,20 +159,19 @@ def list_(
         return
     rows = []
     for item in stored:
-        experiment = experiment_of(item)
-        trained = sum(
-            (item.path / "arms" / arm.name / "weights.safetensors").exists() for arm in experiment.arms
-        )
-        state = "complete" if results(item) else f"{trained} of {len(experiment.arms)} arms trained"
-        rows.append((item.path.name, experiment.data.name, str(experiment.seed), state))
+        try:
+            experiment = experiment_of(item)
+            state = progress_of(item)
+        except BitquorumError:
+            rows.append((item.path.name, "?", "?", "unreadable; `bitquorum show` says why"))
+        else:
+            rows.append((item.path.name, experiment.data.name, str(experiment.seed), state))
     _print_rows(("run", "data", "seed", "state"), rows)
 
 
 @app.command()
 def publish(
-    query: Annotated[
-        str, typer.Argument(metavar="RUN", help="Path, name or digest of a run; see `bitquorum list`.")
-    ],
+    query: Annotated[str, typer.Argument(metavar="RUN", help="Path, name or digest of a run; see `bitquorum list`.")],
     target: Annotated[Path, typer.Argument(help="Folder to write, such as results/digits.")],
     runs: Root = RUNS,
 ) -> None:
@@ -237,15 +214,10 @@ def data_list(data: DataRoot = None) -> None:
     """List the known data sets, their size and where they lie."""
     from bitquorum.data import available
 
-    rows = [
-        (
-            name,
-            " x ".join(map(str, listing.shape)),
-            f"{listing.train:,} + {listing.test:,}",
-            str(listing.where or f"missing; bitquorum data get {name}"),
-        )
-        for name, listing in available(data).items()
-    ]
+    rows = []
+    for name, listing in available(data).items():
+        shape, count = " x ".join(map(str, listing.shape)), f"{listing.train:,} + {listing.test:,}"
+        rows.append((name, shape, count, listing.where or f"missing; bitquorum data get {name}"))
     _print_rows(("name", "shape", "train + test", "where"), rows)
     out.print("Also: folder:PATH (class folders of images) and parquet:PATH (a Hugging Face data set).")
 
@@ -272,12 +244,23 @@ def main() -> None:
     warnings.showwarning = _print_warning
     try:
         app()
-    except BitquorumError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        message = _advice(error)
+        if message is None:
+            raise
+        err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+
+
+def _advice(error: Exception) -> str | None:
+    """Return what to tell the user of a failure that they can mend; `None` for one that they cannot."""
+    from bitquorum.interface import BitquorumError  # imports torch, which `--help` does without
+
+    if isinstance(error, BitquorumError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"expected {error.filename} to be readable or writable, got: {error.strerror}; choose another path"
+    return None
 
 
 class _Bars:
@@ -285,7 +268,7 @@ class _Bars:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task: Any = None
+        self.task = progress.add_task("", visible=False, note="")
 
     def begin(self, task: str, total: int) -> None:
         """Show a new bar."""
@@ -307,13 +290,17 @@ class _Bars:
 
     def bytes(self, name: str, done: int, total: int | None) -> None:
         """Show a download."""
-        if self.task is None or self.progress.tasks[self.task].description != name:
+        if self.progress.tasks[self.task].description != name:
             self.begin(name, total or 0)
         self.progress.update(self.task, completed=done)
 
 
 @contextmanager
-def _bars() -> Iterator[_Bars]:
+def _bars() -> Iterator[Any]:
+    from bitquorum.interface import Listener
+
+    class Bars(_Bars, Listener): ...
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -323,7 +310,7 @@ def _bars() -> Iterator[_Bars]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=err, disable=not (err.is_terminal and _speaks())) as progress:
-        yield _Bars(progress)
+        yield Bars(progress)
 
 
 @contextmanager
@@ -331,15 +318,12 @@ def _resumable(stored: "Run") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print(
-            f"interrupted; the same command resumes. The run lies in {escape(str(stored.path))}",
-            soft_wrap=True,
-        )
+        err.print(f"interrupted; the same command resumes. The run lies in {escape(str(stored.path))}", soft_wrap=True)
         sys.exit(130)
 
 
 @contextmanager
-def _processes() -> Iterator[None]:
+def _processes(device: str) -> Iterator[None]:
     """Join the process group when torchrun started this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
@@ -347,7 +331,9 @@ def _processes() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
     finally:
@@ -361,14 +347,21 @@ def _speaks() -> bool:
 def _device(name: str) -> str:
     import torch
 
+    from bitquorum.interface import ConfigError
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if count else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"expected a device of this machine, got {name!r}, but torch sees no CUDA device")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}; `bitquorum doctor` lists them")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"expected a device of this machine, got {name!r}, but torch sees {count} CUDA devices; use `--device cpu`"
+        )
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return str(device)
@@ -378,11 +371,10 @@ def _show(stored: "Run") -> None:
     from bitquorum.experiment import results
     from bitquorum.report import comparison, environments
 
-    rows = results(stored)
-    if not rows:
-        out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
-    else:
+    if rows := results(stored):
         _print_table(comparison(rows))
+    else:
+        out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
     out.print(f"Computed in {escape(environments(stored.environments()))}.")
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 

@@ -1,5 +1,6 @@
 """Compose methods into one frozen experiment, and read it from a preset or a TOML file."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from bitquorum.objective import Objective
 from bitquorum.registry import apply_overrides, decode, nearest
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet, Network
+
+_ARM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it names a folder
 
 
 @final
@@ -65,8 +68,13 @@ class Arm(Method):
     def __post_init__(self) -> None:
         if not self.members:
             raise InputError(f"expected at least one member in arm {self.name!r}, got none")
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise InputError(f"expected an arm name of letters, digits, '-', '_' and '.', got {self.name!r}")
+        if self.passes < 1:
+            raise InputError(f"expected at least one pass per prediction, got {self.passes}")
+        if not _ARM.fullmatch(self.name):
+            raise InputError(
+                "expected an arm name of letters, digits, '-', '_' and '.' that begins with a letter or digit, got "
+                f"{self.name!r}; rename it"
+            )
 
     @property
     def precision(self) -> str:

@@ -97,7 +97,7 @@ _Rule = Callable[[nn.Module], Rule]
 ACTIVATIONS: dict[type[nn.Module], _Rule] = {
     nn.ReLU: lambda _: Rule(grid="one-sided", absorbed=True),
     nn.ReLU6: lambda _: Rule(grid="one-sided", high=6.0, absorbed=True),
-    nn.Hardtanh: lambda m: Rule(grid="two-sided", low=m.min_val, high=m.max_val, absorbed=True),
+    nn.Hardtanh: lambda m: Rule(grid="two-sided", low=_number(m, "min_val"), high=_number(m, "max_val"), absorbed=True),
     nn.Sigmoid: lambda _: Rule(grid="one-sided", high=1.0),
     nn.Softplus: lambda _: Rule(grid="one-sided"),
     nn.Tanh: lambda _: Rule(grid="symmetric", high=1.0),
@@ -109,6 +109,10 @@ ACTIVATIONS: dict[type[nn.Module], _Rule] = {
     nn.LeakyReLU: lambda _: Rule(grid="two-sided", low=-0.5),
     nn.PReLU: lambda _: Rule(grid="two-sided", low=-0.5),
 }
+
+
+def _number(module: nn.Module, name: str) -> float:
+    return float(getattr(module, name))
 
 
 def convert(network: nn.Module, policy: Policy) -> nn.Module:
@@ -159,6 +163,8 @@ def convert(network: nn.Module, policy: Policy) -> nn.Module:
             NoEffectWarning,
             stacklevel=2,
         )
+    for _, quantizer in quantizers(network):
+        quantizer.to(*bits.place)
     set_addresses(network)
     return network
 
@@ -216,28 +222,31 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
     """
 
     def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not isinstance(module, QuantActivation):
+            return
         inner = args[0] if module.absorbed else module.activation(args[0])
         keep_grid = isinstance(module.activation, nn.Hardtanh | nn.ReLU6 | nn.Sigmoid | nn.Tanh)
         if not keep_grid:
             module.quantizer.fit_range(inner)
 
     hooks = [
-        module.register_forward_pre_hook(fit)
-        for module in network.modules()
-        if isinstance(module, QuantActivation)
+        module.register_forward_pre_hook(fit) for module in network.modules() if isinstance(module, QuantActivation)
     ]
-    with _batch_statistics(network):
-        network(images)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with _batch_statistics(network):
+            network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
 def _batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Normalize by the batch inside the block and leave running statistics and modes as they were."""
+    """Normalize by the batch inside the block, else evaluate; leave running statistics and modes as they were."""
     state = {name: buffer.clone() for name, buffer in network.named_buffers() if "running" in name or "tracked" in name}
     modes = {module: module.training for module in network.modules()}
-    network.train()
+    for module in modes:
+        module.training = getattr(module, "running_mean", None) is not None
     try:
         yield
     finally:
@@ -249,9 +258,11 @@ def _batch_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class _Bits:
-    """Resolve the bits of each named part of a network under a policy."""
+    """Resolve the bits of each named part of a network under a policy, and where its quantizers belong."""
 
     def __init__(self, network: nn.Module, policy: Policy) -> None:
+        reference = next(network.parameters(), torch.empty(0))
+        self.place = reference.device, torch.promote_types(reference.dtype, torch.float32)
         weighted = [name for name, module in network.named_modules() if type(module) in WEIGHTED]
         self.ends = {"first": weighted[:1], "last": weighted[-1:]}
         self.policy = policy
@@ -269,13 +280,11 @@ class _Bits:
 
     def check_all_used(self) -> None:
         if self.unused:
-            raise InputError(
-                f"expected every override to match a layer, got no match for {self.unused[0].pattern!r}"
-            )
+            raise InputError(f"expected every override to match a layer, got no match for {self.unused[0].pattern!r}")
 
 
 def _quantized(module: nn.Module, name: str, bits: _Bits, policy: Policy) -> nn.Module | None:
-    if type(module) in WEIGHTED:
+    if isinstance(module, WEIGHTED) and type(module) in WEIGHTED:
         count = bits.of(name, weights=True)
         if count is None:
             return None
@@ -286,7 +295,7 @@ def _quantized(module: nn.Module, name: str, bits: _Bits, policy: Policy) -> nn.
             learned=policy.learned,
             channels=module.weight.shape[0] if policy.per_channel else None,
             axis=0,
-        ).to(module.weight.device)
+        )
         quantizer.fit_range(module.weight)
         return QuantLayer(module, quantizer)
     rule = ACTIVATIONS.get(type(module))

@@ -24,9 +24,7 @@ class Aggregation(Method, ABC):
     differentiable: ClassVar[bool]
 
     @abstractmethod
-    def __call__(
-        self, logits: Float[Tensor, "draw member batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return the scores."""
 
 
@@ -37,9 +35,7 @@ class MeanProbability(Aggregation):
 
     differentiable: ClassVar[bool] = True
 
-    def __call__(
-        self, logits: Float[Tensor, "draw member batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return log p."""
         return mean_log_probability(logits.flatten(0, 1))
 
@@ -51,9 +47,7 @@ class MeanLogits(Aggregation):
 
     differentiable: ClassVar[bool] = True
 
-    def __call__(
-        self, logits: Float[Tensor, "draw member batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return the log-softmax of the mean logits."""
         return logits.mean((0, 1)).log_softmax(-1)
 
@@ -65,9 +59,7 @@ class MajorityVote(Aggregation):
 
     differentiable: ClassVar[bool] = False
 
-    def __call__(
-        self, logits: Float[Tensor, "draw member batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return votes plus half the mean probability."""
         return votes(logits) + 0.5 * logits.softmax(-1).mean((0, 1))
 
@@ -86,9 +78,7 @@ class EmpirVote(Aggregation):
     full_precision: int = -1
     differentiable: ClassVar[bool] = False
 
-    def __call__(
-        self, logits: Float[Tensor, "draw member batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return the votes, or under a tie the full-precision member's probabilities."""
         count = votes(logits)
         tied = (count == count.amax(-1, keepdim=True)).sum(-1, keepdim=True) > 1
@@ -109,7 +99,7 @@ def votes(logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outputs:
-    """Hold what the members said: logits, and penultimate features with the draws in the first dimension."""
+    """Hold what the members said: logits, and penultimate features `[draw * batch, ...]`, draw by draw."""
 
     logits: Float[Tensor, "draw member batch classes"]
     features: tuple[Tensor, ...]
@@ -193,14 +183,14 @@ class Ensemble(nn.Module):
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
-        features: list[Tensor] = []
-        with _record_inputs([classifier(member) for member in self.members], features):
+        seen: list[Tensor] = []
+        with _record_inputs([classifier(member) for member in self.members], seen):
             logits = self(images)
-        return Outputs(logits=logits, features=tuple(features))
+        rows = logits.shape[0] * logits.shape[2]
+        features = tuple(z if len(z) == rows else z.repeat(len(logits), *[1] * (z.dim() - 1)) for z in seen)
+        return Outputs(logits=logits, features=features)
 
-    def predict(
-        self, logits: Float[Tensor, "draw member batch classes"]
-    ) -> Int[Tensor, "prediction batch"]:
+    def predict(self, logits: Float[Tensor, "draw member batch classes"]) -> Int[Tensor, "prediction batch"]:
         """Return the predicted classes; each prediction consumes `passes` draws."""
         parts = logits.split(self.passes)
         return torch.stack([self.aggregation(part).argmax(-1) for part in parts])
@@ -214,18 +204,28 @@ class Ensemble(nn.Module):
 def share_weights(members: Sequence[nn.Module]) -> None:
     """Make every member use the weights and biases of the first; normalization and ranges stay its own.
 
+    The ranges of the weights are fitted to the weights that are now shared.
+
     Raises:
         InputError: if the members' weighted layers differ in number or shape.
     """
-    layers = [[module for module in member.modules() if type(module) in WEIGHTED] for member in members]
+    layers = [
+        [module for module in member.modules() if isinstance(module, WEIGHTED) and type(module) in WEIGHTED]
+        for member in members
+    ]
     for other in layers[1:]:
         shapes = [[tuple(layer.weight.shape) for layer in group] for group in (layers[0], other)]
         if shapes[0] != shapes[1]:
             raise InputError(
-                f"expected members of one architecture to share weights, got layers of shapes {shapes[0]} and {shapes[1]}"
+                f"expected members of one architecture to share weights, got shapes {shapes[0]} and {shapes[1]}"
             )
         for source, target in zip(layers[0], other, strict=True):
-            target.weight, target.bias = source.weight, source.bias
+            for name in ("weight", "bias"):
+                setattr(target, name, getattr(source, name))
+    for member in members[1:]:
+        for module in member.modules():
+            if isinstance(module, QuantLayer):
+                module.quantizer.fit_range(module.layer.weight)
 
 
 def classifier(member: nn.Module) -> nn.Module:

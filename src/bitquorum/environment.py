@@ -36,9 +36,7 @@ def environment() -> dict[str, Any]:
         "cpu": {
             "model": info.get("model name", "") or platform.processor() or "unknown",
             "cores": os.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
+            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             **{flag: flag in flags for flag in _CPU_FLAGS},
         },
@@ -78,9 +76,7 @@ def _cuda() -> dict[str, Any]:
     """Return the CUDA version of torch and the devices, memory in bytes."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = [torch.cuda.get_device_properties(index) for index in range(count)]
-    devices = [
-        {"name": d.name, "memory": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in found
-    ]
+    devices = [{"name": d.name, "memory": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in found]
     return {"version": torch.version.cuda, "devices": devices}
 
 

@@ -80,9 +80,7 @@ class Evaluation(Method):
         seed: Of the choice of images, of attacks and of judging draws.
     """
 
-    attacks: tuple[Attack, ...] = field(
-        default_factory=lambda: (FGSM(), PGD(steps=20), PGD(steps=20, eot=10))
-    )
+    attacks: tuple[Attack, ...] = field(default_factory=lambda: (FGSM(), PGD(steps=20), PGD(steps=20, eot=10)))
     epsilons: tuple[float, ...] = (1 / 255, 2 / 255, 5 / 255, 8 / 255)
     examples: int = 0
     draws: int = 20
@@ -103,9 +101,7 @@ class Evaluation(Method):
 
     def cells(self) -> list[tuple[str, float]]:
         """Return the (attack label, epsilon) of every cell in order, clean first."""
-        return [(CLEAN, 0.0)] + [
-            (attack.label, epsilon) for attack in self.attacks for epsilon in self.epsilons
-        ]
+        return [(CLEAN, 0.0)] + [(attack.label, epsilon) for attack in self.attacks for epsilon in self.epsilons]
 
     def choose(self, data: ImageSet) -> ImageSet:
         """Return the images to evaluate on."""
@@ -165,9 +161,7 @@ class Evaluation(Method):
         images, cost = batch.images, Cost()
         if attack is not None:
             seed = rng.derive(self.seed, "attack", attack.label, repr(epsilon))
-            result = attack(
-                ensemble, images, batch.labels, epsilon=epsilon, examples=batch.examples, seed=seed
-            )
+            result = attack(ensemble, images, batch.labels, epsilon=epsilon, examples=batch.examples, seed=seed)
             images, cost = result.images, result.cost
         correct = judge(ensemble, images, batch, draws=self.draws, seed=rng.derive(self.seed, "judge"))
         return correct.cpu(), cost, float((images - batch.images).abs().max())
@@ -188,8 +182,8 @@ def judge(
 def worst(cells: Sequence[Cell], epsilon: float) -> Cell:
     """Return the per-image worst case over the attacks at one epsilon.
 
-    For each image the attack is kept that leaves the least expected accuracy. Choosing by the same draws that then state
-    the number makes it low rather than high: by less than the standard error of one image's probability.
+    For each image the attack is kept that leaves the least expected accuracy. Choosing by the same draws that then
+    state the number makes it low rather than high: by less than the standard error of one image's probability.
     """
     rivals = [cell for cell in cells if cell.epsilon == epsilon and cell.attack != CLEAN]
     if not rivals:
@@ -212,7 +206,7 @@ def worst(cells: Sequence[Cell], epsilon: float) -> Cell:
 def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> Accuracy:
     r"""Return the mean with a 95 % interval over images and draws.
 
-    The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$, which is
+    The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$,
     unbiased, and never below that of the images alone. Divided into the variance of one image, $p (1 - p) N / (N - 1)$,
     it gives an effective number of independent trials, which enters the Wilson score interval, so that the interval
     stays inside [0, 1] and does not shrink to a point; without noise it is that of N trials. What the images share of a
@@ -243,9 +237,7 @@ def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> A
         z = _student(z, (draws - 1) * (variance / by_draw) ** 2)
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return Accuracy(
-        value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), images=images, draws=draws
-    )
+    return Accuracy(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), images=images, draws=draws)
 
 
 def _student(z: float, degrees: float) -> float:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, final
 
 import torch
@@ -16,24 +17,19 @@ from bitquorum.config import Arm, Experiment, parse
 from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import CLEAN, Cell, Evaluation, worst
-from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors, truncate_jsonl
-from bitquorum.interface import Cost, DataError
+from bitquorum.files import (
+    append_jsonl,
+    atomic_write,
+    json_row,
+    load_tensors,
+    read_jsonl,
+    save_tensors,
+    truncate_jsonl,
+)
+from bitquorum.interface import ConfigError, Cost, DataError, Listener
 from bitquorum.registry import digest, encode, to_toml
 from bitquorum.store import Run
 from bitquorum.train import Progress
-
-
-class Listener:
-    """Hear of an experiment's progress; this one stays silent. The command line has one that draws bars."""
-
-    def begin(self, task: str, total: int) -> None:
-        """Hear that a task of `total` units begins."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Hear how many units of the present task are done."""
-
-    def end(self) -> None:
-        """Hear that the present task is done."""
 
 
 def create(experiment: Experiment, root: Path) -> Run:
@@ -42,8 +38,17 @@ def create(experiment: Experiment, root: Path) -> Run:
 
 
 def experiment_of(run: Run) -> Experiment:
-    """Return the experiment that a stored run holds."""
-    return parse(run.config())
+    """Return the experiment that a stored run holds.
+
+    Raises:
+        DataError: if its config is missing, corrupt or not understood by this version.
+    """
+    try:
+        return parse(run.config())
+    except ConfigError as error:
+        raise DataError(
+            f"expected a config of this version in {run.path}/config.toml, got: {error}; restore or remove it"
+        ) from error
 
 
 def run(
@@ -67,6 +72,8 @@ def run(
         BitquorumError: if data are missing, the run is locked or a stored file is corrupt.
     """
     stored = create(experiment, root)
+    if _is_trained(experiment, stored) and _is_complete(experiment, experiment.evaluation, results(stored)):
+        return stored
     listener = listener or Listener()
     with _working(stored, experiment, "run"):
         train_arms(experiment, stored, device=device, data_root=data_root, listener=listener)
@@ -92,6 +99,8 @@ def train(
 ) -> Run:
     """Train every arm and return the run, without attacks."""
     stored = create(experiment, root)
+    if _is_trained(experiment, stored):
+        return stored
     with _working(stored, experiment, "train"):
         train_arms(experiment, stored, device=device, data_root=data_root, listener=listener or Listener())
     return stored
@@ -105,8 +114,11 @@ def evaluate(
     data_root: Path | None = None,
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
-    """Attack the trained arms of a stored run and return the rows of the result."""
+    """Attack the trained arms of a stored run and return the rows of the result; stored rows are not computed again."""
     experiment = experiment_of(stored)
+    rows = results(stored, evaluation)
+    if _is_complete(experiment, evaluation, rows):
+        return rows
     with _working(stored, experiment, "evaluate"):
         return evaluate_arms(
             experiment,
@@ -124,17 +136,24 @@ def results(stored: Run, evaluation: Evaluation | None = None) -> list[dict[str,
     return read_jsonl(_evaluation_folder(stored, chosen) / "metrics.jsonl")
 
 
-def train_arms(
-    experiment: Experiment, stored: Run, *, device: str, data_root: Path | None, listener: Listener
-) -> None:
+def progress_of(stored: Run) -> str:
+    """Return `complete`, or how far a stored run has come."""
+    experiment = experiment_of(stored)
+    trained = sum(_weights(stored, arm).exists() for arm in experiment.arms)
+    if trained < len(experiment.arms):
+        return f"{trained} of {len(experiment.arms)} arms trained"
+    return "complete" if _is_complete(experiment, experiment.evaluation, results(stored)) else "trained"
+
+
+def train_arms(experiment: Experiment, stored: Run, *, device: str, data_root: Path | None, listener: Listener) -> None:
     """Train the arms that are not trained yet; under torchrun every process takes part."""
     images: ImageSet | None = None
     for arm in experiment.arms:
-        folder = stored.path / "arms" / arm.name
-        if (folder / "weights.safetensors").exists():
+        path = _weights(stored, arm)
+        if path.exists():
             continue
         images = images or training_images(experiment, data_root)
-        _train_arm(experiment, arm, images, folder, device, listener)
+        _train_arm(experiment, arm, images, path.parent, device, listener)
 
 
 def evaluate_arms(
@@ -194,9 +213,7 @@ def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
                 )
             )
     policies = [None if policy.is_float else policy for policy in arm.members]
-    return Ensemble.build(
-        networks, policies, shared=arm.shared, aggregation=arm.aggregation, passes=arm.passes
-    )
+    return Ensemble.build(networks, policies, shared=arm.shared, aggregation=arm.aggregation, passes=arm.passes)
 
 
 def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored: Run) -> Ensemble:
@@ -205,17 +222,16 @@ def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored:
     Raises:
         DataError: if it is not trained or its file does not fit.
     """
-    path = stored.path / "arms" / arm.name / "weights.safetensors"
+    path = _weights(stored, arm)
     if not path.exists():
-        raise DataError(
-            f"expected trained weights at {path}, got none; train the run first with `bitquorum train`"
-        )
+        raise DataError(f"expected trained weights at {path}, got none; train the run first with `bitquorum train`")
     ensemble = build(experiment, arm, images)
     try:
         ensemble.load_state_dict(load_tensors(path)[0])
     except RuntimeError as error:
         raise DataError(
-            f"expected weights of arm {arm.name!r} at {path}, got others: {error}; remove the file and train again"
+            f"expected weights of arm {arm.name!r} at {path}, got others: {shorten(str(error), 200)}; "
+            "remove the file and train again"
         ) from error
     return ensemble
 
@@ -232,7 +248,8 @@ class _Log:
             kept = [row for row in read_jsonl(self.path) if row["step"] < progress.step]
             truncate_jsonl(self.path, len(kept))
             self.clean = True
-        append_jsonl(self.path, [{"step": progress.step, "split": "train", **progress.values}])
+        values = dict(sorted(progress.values.items()))  # a checkpoint does not keep their order
+        append_jsonl(self.path, [{"step": progress.step, "split": "train", **values}])
         left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds_left))
         self.listener.advance(progress.step, f"loss {progress.values['loss']:.3f}, {left} left")
 
@@ -253,6 +270,8 @@ def _train_arm(
         device=device,
     )
     listener.end()
+    if dist.is_initialized():
+        dist.barrier()  # every process has read the checkpoint before the first one removes it
     if _first():
         save_tensors(folder / "weights.safetensors", ensemble.state_dict())
         checkpoint.unlink(missing_ok=True)
@@ -274,13 +293,25 @@ def _working(stored: Run, experiment: Experiment, what: str) -> Iterator[None]:
             yield
             ended = "done"
         finally:
-            stored.write_environment(
-                {"work": what, "seconds": round(time.monotonic() - started, 1), "ended": ended}
-            )
+            stored.write_environment({"work": what, "seconds": round(time.monotonic() - started, 1), "ended": ended})
 
 
 def _first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _weights(stored: Run, arm: Arm) -> Path:
+    return stored.path / "arms" / arm.name / "weights.safetensors"
+
+
+def _is_trained(experiment: Experiment, stored: Run) -> bool:
+    return all(_weights(stored, arm).exists() for arm in experiment.arms)
+
+
+def _is_complete(experiment: Experiment, evaluation: Evaluation, rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether stored rows hold every cell of every arm, and the worst cases."""
+    per_arm = len(evaluation.cells()) + (len(evaluation.epsilons) if evaluation.attacks else 0)
+    return len(rows) == per_arm * len(experiment.arms)
 
 
 def _statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

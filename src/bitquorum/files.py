@@ -96,9 +96,7 @@ def truncate_jsonl(path: Path | str, rows: int) -> None:
         atomic_write(path, b"".join(line + b"\n" for line in lines[:rows]))
 
 
-def save_tensors(
-    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors to a safetensors file, atomically; equal input gives equal bytes.
 
     Tensors may be tied, strided or on any device: each name stores a contiguous copy of its own.
@@ -118,13 +116,9 @@ def save_tensors(
         ...     load_tensors(f"{folder}/w.safetensors")
         ({'w': tensor([[1., 0.], [0., 1.]])}, {'epoch': '3'})
     """
-    bad = [
-        name for name, tensor in tensors.items() if name == "__metadata__" or tensor.layout != torch.strided
-    ]
+    bad = [name for name, tensor in tensors.items() if name == "__metadata__" or tensor.layout != torch.strided]
     if bad:
-        raise InputError(
-            f"expected dense tensors, none named __metadata__, got {bad}; convert or rename them"
-        )
+        raise InputError(f"expected dense tensors, none named __metadata__, got {bad}; convert or rename them")
     copies = {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name in sorted(tensors)
@@ -132,9 +126,7 @@ def save_tensors(
     atomic_write(path, _sort_header(save(copies, dict(metadata) if metadata else None)))
 
 
-def load_tensors(
-    path: Path | str, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Raises:
@@ -209,8 +201,7 @@ def _parse(line: bytes, path: Path | str, number: int) -> dict[str, Any]:
         row = None
     if not isinstance(row, dict):
         raise DataError(
-            f"expected a JSON object in line {number} of {path}, got {line[:60]!r}; "
-            "restore the file or remove the line"
+            f"expected a JSON object in line {number} of {path}, got {line[:60]!r}; restore the file or remove the line"
         )
     return row
 

@@ -51,9 +51,7 @@ class Model(Protocol):
     equal results. Images lie in [0, 1].
     """
 
-    def __call__(
-        self, images: Float[Tensor, "batch *image"], /
-    ) -> Float[Tensor, "draw member batch classes"]:
+    def __call__(self, images: Float[Tensor, "batch *image"], /) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of every member under every ambient draw."""
         ...
 
@@ -68,3 +66,16 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         """Return the sum of both counts."""
         return Cost(forward=self.forward + other.forward, backward=self.backward + other.backward)
+
+
+class Listener:
+    """Hear of the progress of long work; this one stays silent."""
+
+    def begin(self, task: str, total: int) -> None:
+        """Hear that a task of `total` units begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Hear how many units of the present task are done."""
+
+    def end(self) -> None:
+        """Hear that the present task is done."""

@@ -33,9 +33,7 @@ __all__ = ["apply_overrides", "decode", "digest", "encode", "nearest", "register
 
 M = TypeVar("M", bound=Method)
 
-_WORD = re.compile(
-    r"[A-Z]{2,}conv(?![a-z])\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*(?:Net(?![a-z]))?\d*|[a-z]+\d*|\d+"
-)
+_WORD = re.compile(r"[A-Z]{2,}conv(?![a-z])\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*(?:Net(?![a-z]))?\d*|[a-z]+\d*|\d+")
 
 _FRACTION = re.compile(r"\d+/0*[1-9]\d*")
 
@@ -268,9 +266,7 @@ def _items(value: Any, hint: Any, path: str, side: _Side) -> list[tuple[Any, Any
 def _union(value: Any, options: tuple[Any, ...], path: str, side: _Side) -> Any:
     """Convert by the first option that takes the value; one of its exact type goes before the others."""
     if NoneType in options:
-        string = any(
-            o in (str, Path) or (get_origin(o) is Literal and "none" in get_args(o)) for o in options
-        )
+        string = any(o in (str, Path) or (get_origin(o) is Literal and "none" in get_args(o)) for o in options)
         none = {"type": "none"} if string else "none"
         if side.writes is list and value is None:
             return none

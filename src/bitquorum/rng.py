@@ -30,10 +30,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bitquorum import kernels
 from bitquorum.interface import InputError
 
 _MASK64 = (1 << 64) - 1
-_BLOCK = 1 << 17  # elements mixed at once on a CPU, so that they stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +103,15 @@ def uniform_like(x: Float[Tensor, "rows *rest"], address: str) -> Float[Tensor, 
     Raises:
         InputError: if the first dimension is not the number of seeds times the number of examples.
     """
+    keys = row_keys(x, address)
+    return kernels.uniform(keys, x.shape[1:].numel()).view_as(x).to(x.dtype)
+
+
+def row_keys(x: Float[Tensor, "rows *rest"], address: str) -> Int[Tensor, "rows"]:
+    """Return the 64-bit key of every row of a batch; `kernels.uniform` and `kernels.draw` make noise of it.
+
+    Arguments and errors are those of `uniform_like`.
+    """
     rows = x.shape[0]
     ambient = current() or Draw(seeds=(fresh_seed(),))
     count = len(ambient.seeds)
@@ -113,22 +122,21 @@ def uniform_like(x: Float[Tensor, "rows *rest"], address: str) -> Float[Tensor, 
             "keep the batch in the first dimension inside the network"
         )
     index = ambient.examples if ambient.examples is not None else torch.arange(rows // count)
-    keys = torch.cat([_example_keys(seed, address, index.to(x.device)) for seed in ambient.seeds])
-    return _uniform(keys, x[0].numel()).view_as(x).to(x.dtype)
+    return torch.cat([_example_keys(seed, address, index.to(x.device)) for seed in ambient.seeds])
 
 
 def uniform_per_draw(x: Float[Tensor, "*shape"], address: str) -> Float[Tensor, "draw *shape"]:
     """Return noise in (0, 1) for a parameter: one independent tensor like `x` for each ambient seed."""
     ambient = current() or Draw(seeds=(fresh_seed(),))
     keys = torch.tensor([_signed(derive(seed, "parameter", address)) for seed in ambient.seeds], device=x.device)
-    return _uniform(_mix64(keys), x.numel()).view(len(keys), *x.shape).to(x.dtype)
+    return kernels.uniform(_mix64(keys), x.numel()).view(len(keys), *x.shape).to(x.dtype)
 
 
 def uniform(
     seed: int, examples: Int[Tensor, "batch"], count: int, *, address: str = ""
 ) -> Float[Tensor, "batch count"]:
     """Return `count` numbers in (0, 1) for each example, without an ambient draw (augmentation, random starts)."""
-    return _uniform(_example_keys(seed, address, examples), count)
+    return kernels.uniform(_example_keys(seed, address, examples), count)
 
 
 def fresh_seed() -> int:
@@ -156,48 +164,6 @@ def _mix64(x: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-@lru_cache(maxsize=8)
-def _counters(start: int, stop: int, device: torch.device) -> Int[Tensor, "count"]:
-    return torch.arange(start, stop, dtype=torch.int32, device=device)
-
-
-def _mix32(h: Int[Tensor, "*shape"], scratch: Int[Tensor, "*shape"]) -> None:
-    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0xD35A2D97 - (1 << 32)), (15, None)):
-        torch.bitwise_right_shift(h, shift, out=scratch)
-        scratch.bitwise_and_((1 << (32 - shift)) - 1)
-        h.bitwise_xor_(scratch)
-        if multiplier is not None:
-            h.mul_(multiplier)
-
-
-def _uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"]:
-    """Return (k + 1/2) / 2**23 with k the upper 23 bits of the mixed counter: never 0, never 1."""
-    rows = keys.shape[0]
-    out = torch.empty(rows, count, dtype=torch.float32, device=keys.device)
-    halves = keys.view(torch.int32).view(rows, 2)
-    if keys.device.type != "cpu":
-        _fill(out, halves, _counters(0, count, keys.device))
-        return out
-    height = max(1, _BLOCK // max(count, 1))
-    for row in range(0, rows, height):
-        part = slice(row, row + height)
-        for start in range(0, count, _BLOCK):
-            stop = min(start + _BLOCK, count)
-            _fill(out[part, start:stop], halves[part], _counters(start, stop, keys.device))
-    return out
-
-
-def _fill(out: Float[Tensor, "rows count"], halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "count"]) -> None:
-    h = counter + halves[:, :1]
-    scratch = torch.empty_like(h)
-    _mix32(h, scratch)
-    h.bitwise_xor_(halves[:, 1:])
-    _mix32(h, scratch)
-    torch.bitwise_right_shift(h, 9, out=scratch)
-    scratch.bitwise_and_((1 << 23) - 1)
-    out.copy_(scratch).add_(0.5).mul_(2.0**-23)
 
 
 @contextmanager

@@ -49,9 +49,7 @@ class Run:
             DataError: if the folder is there with another config.
         """
         if not _NAME.fullmatch(name):
-            raise InputError(
-                f"expected a run name of letters, digits, '.', '_' and '-', got {name!r}; rename it"
-            )
+            raise InputError(f"expected a run name of letters, digits, '.', '_' and '-', got {name!r}; rename it")
         run = cls(path=Path(root) / f"{name}-{digest(config)}")
         text = to_toml(config)
         if not (run.path / "config.toml").exists():
@@ -72,8 +70,7 @@ class Run:
         """
         if not (Path(path) / "config.toml").is_file():
             raise DataError(
-                f"expected a run folder with a config.toml at {path}, got none; "
-                "`bitquorum list` shows the runs"
+                f"expected a run folder with a config.toml at {path}, got none; `bitquorum list` shows the runs"
             )
         return cls(path=Path(path))
 
@@ -101,9 +98,7 @@ class Run:
         fitting = [name for name in runs if name.rpartition("-")[0] == text]
         fitting = fitting or [name for name in runs if text and _fits(name, text)]
         if len(fitting) > 1:
-            raise InputError(
-                f"expected one run, got {text!r}, which fits {', '.join(fitting)}; give more of it"
-            )
+            raise InputError(f"expected one run, got {text!r}, which fits {', '.join(fitting)}; give more of it")
         if not fitting:
             advice = nearest(text, runs) if runs else "there are none yet"
             raise DataError(
@@ -167,9 +162,7 @@ class Run:
         except ValueError as error:
             raise DataError(f"expected a JSON list at {path}, got: {error}; restore or remove it") from error
         if not isinstance(rows, list):
-            raise DataError(
-                f"expected a JSON list at {path}, got {type(rows).__name__}; restore or remove it"
-            )
+            raise DataError(f"expected a JSON list at {path}, got {type(rows).__name__}; restore or remove it")
         return rows
 
     @contextmanager
@@ -184,8 +177,7 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise InputError(
-                    f"expected {self.path} to be free, got a run that another process works in; "
-                    "wait for it or end it"
+                    f"expected {self.path} to be free, got a run that another process works in; wait for it or end it"
                 ) from error
             try:
                 yield

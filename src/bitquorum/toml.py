@@ -119,16 +119,12 @@ def _locate(place: Any, part: str, path: str, *, may_be_new: bool) -> Any:
     if isinstance(place, list):
         if part.isdecimal() and int(part) < len(place):
             return int(part)
-        raise ConfigError(
-            f"{path}: expected an index below {len(place)}, got {part!r}; choose an item it has"
-        )
+        raise ConfigError(f"{path}: expected an index below {len(place)}, got {part!r}; choose an item it has")
     if not isinstance(place, dict):
         raise refusal(path, "a table or a list", place, f"it has no {part!r}: shorten the path")
     if part not in place and not may_be_new:
         keys = ", ".join(place) or "none"
-        raise ConfigError(
-            f"{join(path, part)}: expected a key among {keys}, got {part!r}; {nearest(part, place)}"
-        )
+        raise ConfigError(f"{join(path, part)}: expected a key among {keys}, got {part!r}; {nearest(part, place)}")
     return part
 
 

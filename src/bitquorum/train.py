@@ -95,9 +95,7 @@ class Trainer(Method):
         choices = {"optimizer": Optimizer, "schedule": Schedule, "precision": Precision}
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
-                raise InputError(
-                    f"expected {name} among {', '.join(get_args(choice))}, got {getattr(self, name)!r}"
-                )
+                raise InputError(f"expected {name} among {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
         if min(self.epochs, self.batch_size, self.log_every) < 1 or self.calibration < 0:
             raise InputError(
                 "expected epochs, batch_size and log_every of at least 1 and calibration of at least 0, got "
@@ -229,9 +227,7 @@ class _Training:
                 self.order, self.ordered = self._order(epoch), epoch
             positions = self.order[place * size : (place + 1) * size].tensor_split(self.world)[self.rank]
             batch = self.data.batch(positions, self.device)
-            images = self.trainer.augment(
-                batch.images, batch.examples, rng.derive(self.seed, "augment", epoch)
-            )
+            images = self.trainer.augment(batch.images, batch.examples, rng.derive(self.seed, "augment", epoch))
             yield self._laid_out(images), batch.labels, batch.examples
 
     def _order(self, epoch: int) -> Int[Tensor, "images"]:
@@ -292,16 +288,14 @@ class _Training:
             else:
                 self.average[name].copy_(value)
 
-    def _log(self, values: dict[str, Tensor]) -> None:
+    def _log(self, values: dict[str, Tensor | float]) -> None:
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, torch.zeros(())) + torch.as_tensor(value).cpu()
             self.counted[name] = self.counted.get(name, 0) + 1
         if self._due() or self.step == self.steps:
             loss = float(self.totals["loss"])
             if not math.isfinite(loss):
-                raise DivergedError(
-                    f"expected a finite loss, got {loss} before step {self.step}; lower lr or set clip"
-                )
+                raise DivergedError(f"expected a finite loss, got {loss} before step {self.step}; lower lr or set clip")
             if self.rank:
                 self._drain()
 
@@ -317,9 +311,7 @@ class _Training:
         return images.contiguous(memory_format=self.layout) if images.dim() == 4 else images
 
     def _autocast(self) -> AbstractContextManager[object]:
-        low = self.trainer.precision == "bfloat16" or (
-            self.trainer.precision == "auto" and bfloat16_pays(self.device)
-        )
+        low = self.trainer.precision == "bfloat16" or (self.trainer.precision == "auto" and bfloat16_pays(self.device))
         return torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
 
     def _save(self, path: Path) -> None:
@@ -351,9 +343,7 @@ class _Training:
         for name, value in part("optimizer.").items():
             index, _, slot = name.partition(".")
             slots.setdefault(int(index), {})[slot] = value
-        self.optimizer.load_state_dict(
-            {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 class _Mean(Reduce):
@@ -392,7 +382,10 @@ def _optimizer(trainer: Trainer, ensemble: Ensemble) -> torch.optim.Optimizer:
     decayed, free = [], []
     for parameter in ensemble.parameters():
         (free if parameter.dim() < 2 or id(parameter) in ranges else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": trainer.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": trainer.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
     if trainer.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=trainer.lr, momentum=0.9, nesterov=True)
     kind = torch.optim.AdamW if trainer.optimizer == "adamw" else torch.optim.Adam

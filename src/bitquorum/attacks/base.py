@@ -31,8 +31,8 @@ class AttackResult:
 class Attack(Method, ABC):
     """Find images within `epsilon` of the given ones that a model gets wrong.
 
-    An attack knows everything but the draws on which it will be judged. Calling it twice with the same seed and examples
-    gives the same images, whatever the batch.
+    An attack knows everything but the draws on which it will be judged. Equal seeds and examples
+    give the same images, whatever the batch.
     """
 
     @property
@@ -135,7 +135,7 @@ def loss_gradient(
     leaf = images.detach().requires_grad_()
     with torch.enable_grad(), rng.draw(seeds, examples), surrogate():
         loss = criterion(model(leaf))
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return gradient, loss.detach()
 
 

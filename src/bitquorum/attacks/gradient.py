@@ -98,8 +98,8 @@ class PGD(_GradientAttack):
 
     Each step draws afresh. The projection stands outside the differentiated graph, so that saturated pixels keep their
     gradient. With several restarts the image of the largest loss on `selection` further draws is kept, the same
-    draws for every restart. References: Madry et al., 2018, https://arxiv.org/abs/1706.06083, section 2; Athalye et al., 2018,
-    https://arxiv.org/abs/1802.00420, section 4.1 (EOT).
+    draws for every restart. References: Madry et al., 2018, https://arxiv.org/abs/1706.06083, section 2; Athalye et
+    al., 2018, https://arxiv.org/abs/1802.00420, section 4.1 (EOT).
 
     Attributes:
         steps: Number of steps of each restart.
@@ -176,9 +176,7 @@ class PGD(_GradientAttack):
         velocity = torch.zeros_like(images)
         for index in range(self.steps):
             seeds = rng.derive_many(seed, self.eot, "step", index)
-            gradient, _ = loss_gradient(
-                model, x, criterion, seeds=seeds, examples=examples, surrogate=self.surrogate
-            )
+            gradient, _ = loss_gradient(model, x, criterion, seeds=seeds, examples=examples, surrogate=self.surrogate)
             if self.momentum:
                 norm = gradient.abs().flatten(1).mean(1).clamp(min=1e-30)
                 gradient = gradient / norm.view(-1, *[1] * (images.dim() - 1))

@@ -72,9 +72,7 @@ def load(name: str, split: str, *, root: Path | None = None) -> ImageSet:
         (500, (1, 8, 8), 10)
     """
     if split not in ("train", "test"):
-        raise ConfigError(
-            f"expected the split 'train' or 'test', got {split!r}; cut a validation set by `split_off`"
-        )
+        raise ConfigError(f"expected the split 'train' or 'test', got {split!r}; cut a validation set by `split_off`")
     if not isinstance(name, str):
         raise ConfigError(f"expected the name of a data set, got {name!r}")
     kind, colon, place = name.partition(":")

@@ -38,9 +38,7 @@ _BLOCK = 1 << 18
 _TIMEOUT = 60.0  # seconds without a byte
 
 
-def get(
-    name: str, *, source: Path | None = None, root: Path | None = None, progress: Progress | None = None
-) -> Path:
+def get(name: str, *, source: Path | None = None, root: Path | None = None, progress: Progress | None = None) -> Path:
     """Put a published data set into `ROOT/NAME` and return that folder.
 
     Every file is checked against its published size and MD5 sum, and appears under its name only when it is
@@ -66,9 +64,7 @@ def get(
         bitquorum.interface.ConfigError: expected the name of a data set, got 'imagenet'; ...
     """
     if name == "digits" or name.partition(":")[0] in ("folder", "parquet"):
-        raise ConfigError(
-            f"expected a published data set to fetch, got {name!r}, which is local; load it directly"
-        )
+        raise ConfigError(f"expected a published data set to fetch, got {name!r}, which is local; load it directly")
     if name not in SOURCES:
         raise unknown_name(name)
     return install(SOURCES[name], origin=source, root=root, progress=progress)
@@ -97,9 +93,7 @@ def install(
                 raise MissingDataError(
                     f"{source.name}: expected an archive or a folder, got {origin}, which is not there"
                 )
-        wanted = [
-            item for item in source.downloads if not all(_is_valid(folder / f.name, f) for f in item.holds)
-        ]
+        wanted = [item for item in source.downloads if not all(_is_valid(folder / f.name, f) for f in item.holds)]
         if not wanted:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,9 +156,7 @@ def _size(path: Path) -> int:
 
 def _transfer(item: Download, part: Path, start: int, progress: Progress | None) -> str:
     """Append what the server sends to `part`; return why it ended early, or an empty string."""
-    request = urllib.request.Request(
-        item.url, headers={"User-Agent": "bitquorum", "Accept-Encoding": "identity"}
-    )
+    request = urllib.request.Request(item.url, headers={"User-Agent": "bitquorum", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
@@ -252,9 +244,7 @@ def _unpack(path: Path, item: Download, stage: Path) -> None:
             for member in archive:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
-                    raise DataError(
-                        f"{path}: expected plain files below one folder, got the member {member.name!r}"
-                    )
+                    raise DataError(f"{path}: expected plain files below one folder, got the member {member.name!r}")
                 file = wanted.pop(name.name, None) if member.isreg() else None
                 stream = archive.extractfile(member) if file else None
                 if file and stream:

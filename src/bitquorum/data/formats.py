@@ -93,9 +93,7 @@ def read_file(path: Path, file: PublishedFile) -> bytes:
         raise DataError(f"{path}: expected a readable file, got {error}; fetch the data set again") from error
     if len(content) != file.size:
         got = f"more than {file.size}" if len(content) > file.size else str(len(content))
-        raise DataError(
-            f"{path}: expected {file.size} bytes, got {got}; delete the file and fetch the data set again"
-        )
+        raise DataError(f"{path}: expected {file.size} bytes, got {got}; delete the file and fetch the data set again")
     return content
 
 
@@ -125,9 +123,7 @@ def read_source(source: Source, split: str, folder: Path) -> ImageSet:
         ]
         images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     index = torch.arange(len(images))
-    return ImageSet(
-        name=source.name, split=split, images=images, labels=labels, classes=source.classes, index=index
-    )
+    return ImageSet(name=source.name, split=split, images=images, labels=labels, classes=source.classes, index=index)
 
 
 def locate(source: Source, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:

@@ -187,14 +187,10 @@ def _check_form(data: ImageSet, where: str) -> None:
         if not isinstance(value, Tensor):
             raise InputError(f"{where}: expected {field} to be a tensor, got {type(value).__name__}")
         if value.device != data.images.device:
-            raise InputError(
-                f"{where}: expected all tensors on {data.images.device}, got {field} on {value.device}"
-            )
+            raise InputError(f"{where}: expected all tensors on {data.images.device}, got {field} on {value.device}")
     if data.images.ndim != 4 or data.images.dtype not in (torch.uint8, torch.float32):
         got = f"{data.images.dtype} {list(data.images.shape)}"
-        raise InputError(
-            f"{where}: expected uint8 or float32 images [examples, channels, height, width], got {got}"
-        )
+        raise InputError(f"{where}: expected uint8 or float32 images [examples, channels, height, width], got {got}")
     if data.images.numel() == 0:
         raise DataError(f"{where}: expected at least one image and one pixel, got {list(data.images.shape)}")
     for field in ("labels", "index"):

@@ -37,9 +37,7 @@ def read_folder(path: Path, split: str) -> ImageSet:
     """
     folder = path / split
     if not folder.is_dir():
-        raise MissingDataError(
-            f"folder:{path}: expected a folder {folder} with one folder of images for each class"
-        )
+        raise MissingDataError(f"folder:{path}: expected a folder {folder} with one folder of images for each class")
     reference = path / "train" if (path / "train").is_dir() else folder
     classes = _class_folders(reference)
     unknown = sorted(set(_class_folders(folder)) - set(classes))
@@ -98,28 +96,18 @@ def read_parquet(path: Path, split: str) -> ImageSet:
     try:
         schema = pq.read_schema(files[0])
         image, label = _column(schema, _IMAGE_COLUMNS, path), _column(schema, _LABEL_COLUMNS, path)
-        if not pa.types.is_struct(schema.field(image).type) or not pa.types.is_integer(
-            schema.field(label).type
-        ):
+        if not pa.types.is_struct(schema.field(image).type) or not pa.types.is_integer(schema.field(label).type):
             got = f"{schema.field(image).type} and {schema.field(label).type}"
-            raise DataError(
-                f"parquet:{path}: expected a struct and an integer in {image}, {label}, got {got}"
-            )
+            raise DataError(f"parquet:{path}: expected a struct and an integer in {image}, {label}, got {got}")
         tables = [pq.read_table(file, columns=[image, label]) for file in files]
         labels = [value for table in tables for value in table[label].to_pylist()]
         classes = _class_names(schema.metadata or {}, label) or _numbers(path, label, pq)
         cells = [cell for table in tables for cell in table[image].to_pylist()]
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(
-            f"parquet:{path}: expected readable Parquet files of one schema, got {error}"
-        ) from error
+        raise DataError(f"parquet:{path}: expected readable Parquet files of one schema, got {error}") from error
     if not labels or any(value is None for value in labels):
-        raise DataError(
-            f"parquet:{path}: expected a label in every row of {split}, got none in some or no row"
-        )
-    images = _stack(
-        (f"parquet:{path} ({split}), row {row}", _encoded(cell)) for row, cell in enumerate(cells)
-    )
+        raise DataError(f"parquet:{path}: expected a label in every row of {split}, got none in some or no row")
+    images = _stack((f"parquet:{path} ({split}), row {row}", _encoded(cell)) for row, cell in enumerate(cells))
     return ImageSet(
         name=f"parquet:{path}",
         split=split,
@@ -131,9 +119,7 @@ def read_parquet(path: Path, split: str) -> ImageSet:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _parquet_files(path: Path, split: str) -> list[Path]:
@@ -164,9 +150,7 @@ def _numbers(path: Path, label: str, pq: Any) -> tuple[str, ...]:
     """Return the numbers 0..largest label of both splits, so that both have the same classes."""
     largest = 0
     for file in _parquet_files(path, "train") + _parquet_files(path, "test"):
-        values = [
-            value for value in pq.read_table(file, columns=[label])[label].to_pylist() if value is not None
-        ]
+        values = [value for value in pq.read_table(file, columns=[label])[label].to_pylist() if value is not None]
         largest = max([largest, *values])
     if largest > _MOST_CLASSES:
         raise DataError(f"parquet:{path}: expected labels 0..{_MOST_CLASSES} in {label}, got {largest}")

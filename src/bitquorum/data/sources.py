@@ -173,9 +173,7 @@ _CIFAR10_SOURCE = Source(
             url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
             size=170_052_171,
             md5="c32a1d4ab5d03f1284b67883e8d87530",
-            holds=tuple(
-                PublishedFile(name=name, size=30_730_000, md5=md5) for name, md5 in _CIFAR10_MD5.items()
-            ),
+            holds=tuple(PublishedFile(name=name, size=30_730_000, md5=md5) for name, md5 in _CIFAR10_MD5.items()),
         ),
     ),
 )
@@ -224,8 +222,7 @@ def unknown_name(name: str, known: tuple[str, ...] = NAMES) -> ConfigError:
     near = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(
-        f"expected the name of a data set, got {name!r}; {hint}"
-        f"known: {', '.join(known)}, folder:PATH, parquet:PATH"
+        f"expected the name of a data set, got {name!r}; {hint}known: {', '.join(known)}, folder:PATH, parquet:PATH"
     )
 
 

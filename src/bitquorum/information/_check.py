@@ -14,9 +14,7 @@ def wide(x: Shaped[Tensor, "..."], name: str) -> Float[Tensor, "..."]:
         InputError: if `x` does not hold floating point numbers.
     """
     if not x.is_floating_point():
-        raise InputError(
-            f"{name}: expected a floating point tensor, got {x.dtype}; do x.float() or one-hot codes"
-        )
+        raise InputError(f"{name}: expected a floating point tensor, got {x.dtype}; do x.float() or one-hot codes")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -64,13 +64,7 @@ def occupied_bias(counts: Int[Tensor, "a b"]) -> float:
         -0.0721
     """
     whole = not (counts.is_floating_point() or counts.is_complex())
-    if (
-        counts.dim() != 2
-        or not whole
-        or counts.numel() == 0
-        or int(counts.min()) < 0
-        or int(counts.sum()) == 0
-    ):
+    if counts.dim() != 2 or not whole or counts.numel() == 0 or int(counts.min()) < 0 or int(counts.sum()) == 0:
         raise InputError(
             "occupied_bias: expected a table [a, b] of integer counts >= 0 with at least one sample, got "
             f"{counts.dtype} of shape {tuple(counts.shape)}"
@@ -116,21 +110,15 @@ class PlugIn(Estimator):
     def __post_init__(self) -> None:
         """Refuse an unknown correction."""
         if self.correction not in get_args(Correction):
-            raise InputError(
-                f"PlugIn: expected a correction of {get_args(Correction)}, got {self.correction!r}"
-            )
+            raise InputError(f"PlugIn: expected a correction of {get_args(Correction)}, got {self.correction!r}")
 
     def __call__(self, a: Shaped[Tensor, "samples"], b: Shaped[Tensor, "samples"]) -> Estimate:
         """Return the estimate for two vectors of integer codes; any integers, any number of them."""
         for codes in (a, b):
             if codes.dim() != 1 or codes.is_floating_point() or codes.is_complex():
-                raise InputError(
-                    f"PlugIn: expected integer codes [N], got {codes.dtype} {tuple(codes.shape)}"
-                )
+                raise InputError(f"PlugIn: expected integer codes [N], got {codes.dtype} {tuple(codes.shape)}")
         if a.shape != b.shape or a.shape[0] == 0:
-            raise InputError(
-                f"PlugIn: expected two equally many samples, at least one, got {len(a)} and {len(b)}"
-            )
+            raise InputError(f"PlugIn: expected two equally many samples, at least one, got {len(a)} and {len(b)}")
         n = a.shape[0]
         _, row, rows = a.cpu().unique(return_inverse=True, return_counts=True)
         _, column, columns = b.cpu().unique(return_inverse=True, return_counts=True)
@@ -140,7 +128,5 @@ class PlugIn(Estimator):
         weights = cells.double() / n
         value = (weights * pointwise).sum()
         variance = (weights * (pointwise - value).square()).sum() / n
-        bias = (
-            plug_in_bias(len(rows), len(columns), n, cells=len(cells)) if self.correction != "none" else 0.0
-        )
+        bias = plug_in_bias(len(rows), len(columns), n, cells=len(cells)) if self.correction != "none" else 0.0
         return Estimate(value=float(value) - bias, standard_error=float(variance.sqrt()), samples=n)

@@ -29,8 +29,7 @@ class Estimate:
         """Refuse a negative standard error and an estimate without samples."""
         if not self.standard_error >= 0 or self.samples < 1:
             raise InputError(
-                "Estimate: expected standard_error >= 0 and samples >= 1, got "
-                f"{self.standard_error} and {self.samples}"
+                f"Estimate: expected standard_error >= 0 and samples >= 1, got {self.standard_error} and {self.samples}"
             )
 
 

@@ -186,8 +186,7 @@ def _rows(p: Float[Tensor, "..."], dims: int, name: str) -> Float[Tensor, "..."]
 def _same_batch(p: Float[Tensor, "..."], q: Float[Tensor, "..."], name: str) -> None:
     if p.shape[:-1] != q.shape[:-1]:
         raise InputError(
-            f"{name}: expected two members on the same examples, got shapes "
-            f"{tuple(p.shape)} and {tuple(q.shape)}"
+            f"{name}: expected two members on the same examples, got shapes {tuple(p.shape)} and {tuple(q.shape)}"
         )
 
 
@@ -198,9 +197,7 @@ def _members_side_by_side(p: Float[Tensor, "members batch c"], name: str) -> Flo
     return _rows(p, 3, name).transpose(0, 1).flatten(1)
 
 
-def _product(
-    p: Float[Tensor, "*tables batch a"], q: Float[Tensor, "*tables batch b"]
-) -> Float[Tensor, "*tables a b"]:
+def _product(p: Float[Tensor, "*tables batch a"], q: Float[Tensor, "*tables batch b"]) -> Float[Tensor, "*tables a b"]:
     with torch.autocast(device_type=p.device.type, enabled=False):
         return p.mT @ q
 
@@ -223,13 +220,10 @@ def _one_hot(
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not whole or labels.shape != like.shape[:1]:
         raise InputError(
-            f"{name}: expected {like.shape[0]} integer labels, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
+            f"{name}: expected {like.shape[0]} integer labels, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if not bool(((labels >= 0) & (labels < classes)).all()):
-        raise InputError(
-            f"{name}: expected labels in [0, {classes}), got {int(labels.min())} to {int(labels.max())}"
-        )
+        raise InputError(f"{name}: expected labels in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
     return (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).to(like)
 
 

@@ -23,9 +23,7 @@ Rule: TypeAlias = Literal["median", "silverman"]
 Bandwidth: TypeAlias = float | Rule
 
 
-def gram(
-    features: Float[Tensor, "batch features"], bandwidth: Bandwidth = "median"
-) -> Float[Tensor, "batch batch"]:
+def gram(features: Float[Tensor, "batch features"], bandwidth: Bandwidth = "median") -> Float[Tensor, "batch batch"]:
     r"""Compute the Gaussian kernel matrix of a batch, normalised to trace one.
 
     $$A_{ij} = \frac{1}{N} \exp\left(-\frac{\|z_i - z_j\|^2}{2 \sigma^2}\right)$$
@@ -61,16 +59,12 @@ def gram(
                 [0.1353, 1.0000]])
     """
     if features.dim() != 2 or features.shape[0] < 2:
-        raise InputError(
-            f"gram: expected [batch >= 2, features], got shape {tuple(features.shape)}; do flatten(1)"
-        )
+        raise InputError(f"gram: expected [batch >= 2, features], got shape {tuple(features.shape)}; do flatten(1)")
     x = _check.wide(features, "gram")
     if not bool(x.isfinite().all()):
         raise InputError("gram: expected finite features, got NaN or infinity")
     squared = _squared_distances(x)
-    exponent = (
-        _by_rule(squared, x, bandwidth) if isinstance(bandwidth, str) else _by_width(squared, bandwidth)
-    )
+    exponent = _by_rule(squared, x, bandwidth) if isinstance(bandwidth, str) else _by_width(squared, bandwidth)
     same = torch.eye(len(x), device=x.device, dtype=torch.bool)
     return (-exponent).exp().masked_fill(same, 1.0) / len(x)
 
@@ -141,8 +135,7 @@ def gram_mutual_information(
     """
     if a.shape != b.shape:
         raise InputError(
-            "gram_mutual_information: expected two matrices of one shape, got "
-            f"{tuple(a.shape)} and {tuple(b.shape)}"
+            f"gram_mutual_information: expected two matrices of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     product = _check.wide(a, "gram_mutual_information") * _check.wide(b, "gram_mutual_information")
     trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -220,7 +213,5 @@ def _normalised(gram: Float[Tensor, "*matrices n n"], name: str) -> Float[Tensor
     matrix = _check.wide(gram, name)
     trace = matrix.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
     if not bool(((trace - 1).abs() <= _check.tolerance(gram.dtype)).all() & matrix.detach().isfinite().all()):
-        raise InputError(
-            f"{name}: expected finite matrices of trace 1, got traces {trace.tolist()}; use gram()"
-        )
+        raise InputError(f"{name}: expected finite matrices of trace 1, got traces {trace.tolist()}; use gram()")
     return matrix

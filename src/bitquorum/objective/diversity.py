@@ -40,9 +40,7 @@ class FeatureMI(Term):
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean over pairs, zero for a single member."""
         features = [z.flatten(1).float() for z in step.outputs.features]
-        values = [
-            renyi_mutual_information(features[i], features[j], self.alpha) for i, j in pairs(len(features))
-        ]
+        values = [renyi_mutual_information(features[i], features[j], self.alpha) for i, j in pairs(len(features))]
         return torch.stack(values).mean() if values else step.logits.new_zeros(())
 
 

@@ -38,9 +38,7 @@ class InputGradient(Term):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm not in get_args(Norm) or self.of not in get_args(Of):
-            raise InputError(
-                f"expected norm l1 or l2 and of member or ensemble, got {self.norm!r} and {self.of!r}"
-            )
+            raise InputError(f"expected norm l1 or l2 and of member or ensemble, got {self.norm!r} and {self.of!r}")
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean norm over examples (and members), in nats per unit of the image."""

@@ -18,7 +18,8 @@ from bitquorum.objective.term import Step, Term
 class Objective(Method):
     r"""Sum weighted terms.
 
-    $$\frac{1}{M} \sum_m CE(p_m, y) + CE(\bar p, y) + \beta \, \overline{I(z_i; z_j)} + \gamma \, \overline{I(p_i; p_j \mid Y)} + \dots$$
+    $$\frac{1}{M} \sum_m CE(p_m, y) + CE(\bar p, y)
+    + \beta \, \overline{I(z_i; z_j)} + \gamma \, \overline{I(p_i; p_j \mid Y)} + \dots$$
 
     The default holds the first two terms; the form is our reconstruction.
 

@@ -6,8 +6,8 @@ function of $e$ and thresholds at $k + 1/2$, the mean code on $2^b$ levels is
 $$M(z) = \sum_{k=0}^{2^b - 2} F(z - k - 1/2).$$
 
 The logistic law is relaxed quantization (Louizos et al., 2019, eqs. 2-5, https://arxiv.org/abs/1810.01875); the uniform
-one is stochastic rounding (Gupta et al., 2015, https://arxiv.org/abs/1502.02551). Which law the paper (arXiv 2312.00105)
-uses is not public; the family is our reconstruction.
+one is stochastic rounding (Gupta et al., 2015, https://arxiv.org/abs/1502.02551). Which law the paper (arXiv
+2312.00105) uses is not public; the family is our reconstruction.
 """
 
 import math
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from bitquorum.interface import GradientMaskingWarning, InputError, Method
 
-MASKING_SLOPE = 0.5  # below this share of the full slope, a quantizer hides gradients rather than removing them
+WIDEST = 16.0  # the largest noise scale, in steps
+# Below this share of the full slope, a quantizer hides gradients rather than removing them.
+MASKING_SLOPE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class SmoothLaw(Law, ABC):
     reach: ClassVar[float]
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < 16:
-            raise InputError(f"expected a noise scale in (0, 16) steps, got {self.scale}")
+        if not 0 < self.scale < WIDEST:
+            raise InputError(f"expected a noise scale in (0, {WIDEST:g}) steps, got {self.scale}")
         if self.learned and not 0 < self.floor < self.scale:
             raise InputError(
                 f"expected a floor in (0, scale) for a learned noise scale, got floor={self.floor}, scale={self.scale}"

@@ -5,7 +5,7 @@ contribute less than 1e-7 of a step.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitquorum.quantizers.laws import Law, Logistic, SmoothLaw
+from bitquorum import kernels
+from bitquorum.quantizers.laws import Gaussian, Law, Logistic, SmoothLaw, StochasticRounding
 
-_BLOCK = 1 << 16  # elements summed at once on a CPU, so that the scratch tensors stay in the cache
+# Laws that the kernels know by name; every other law, and every type but float32, takes the plain sums below.
+SMOOTH: dict[type[Law], kernels.SmoothLawName] = {Logistic: "logistic", Gaussian: "gaussian"}
+LAWS: dict[type[Law], kernels.LawName] = {**SMOOTH, StochasticRounding: "uniform"}
 
 
-def mean_code(
-    z: Float[Tensor, "*shape"], top: int, law: Law, scale: Tensor | float
-) -> Float[Tensor, "*shape"]:
+def mean_code(z: Float[Tensor, "*shape"], top: int, law: Law, scale: Tensor | float) -> Float[Tensor, "*shape"]:
     """Return $M(z)$ by differentiable operations: any order, also with respect to `scale`. Shapes are kept."""
     half = _window(law, scale)
     if 2 * half + 1 >= top:
@@ -35,25 +36,19 @@ def mean_code(
 
 def slope(z: Float[Tensor, "*shape"], top: int, law: SmoothLaw, scale: float) -> Float[Tensor, "*shape"]:
     """Return $M'(z)$, without a graph."""
-    if _ratios_fit(z, top, law, scale):
-        return _by_blocks(z, lambda part: _logistic_slope(part, top, scale))
-    return _by_blocks(z, lambda part: _sum_over_thresholds(part, top, law, scale, law.pdf))
+    if _kernel_fits(z, top, law, scale):
+        return kernels.slope(z, law=SMOOTH[type(law)], top=top, scale=scale)
+    return _sum_over_thresholds(z.detach(), top, law, scale, law.pdf)
 
 
 def slope_and_curvature(
     z: Float[Tensor, "*shape"], top: int, law: SmoothLaw, scale: float
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Return $M'(z)$ and $M''(z)$, without a graph."""
-    if _ratios_fit(z, top, law, scale):
-        both = _by_blocks(z, lambda part: _logistic_slope_and_curvature(part, top, scale))
-    else:
-        both = _by_blocks(
-            z,
-            lambda part: torch.stack(
-                [_sum_over_thresholds(part, top, law, scale, f) for f in (law.pdf, law.pdf_slope)]
-            ),
-        )
-    return both[0], both[1]
+    if _kernel_fits(z, top, law, scale):
+        return kernels.slope_and_curvature(z, law=SMOOTH[type(law)], top=top, scale=scale)
+    first = _sum_over_thresholds(z.detach(), top, law, scale, law.pdf)
+    return first, _sum_over_thresholds(z.detach(), top, law, scale, law.pdf_slope)
 
 
 def attach_mean(
@@ -66,22 +61,12 @@ def attach_mean(
 def _window(law: Law, scale: Tensor | float) -> int:
     if not isinstance(law, SmoothLaw):
         return 1
-    return math.ceil(law.reach * float(scale)) + 1
+    value = scale.item() if isinstance(scale, Tensor) else scale
+    return math.ceil(law.reach * value) + 1
 
 
-def _by_blocks(z: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function from [n] to [n] or [k, n] block by block; return the shape of z, or [k, shape of z]."""
-    z = z.detach()
-    if z.device.type != "cpu" or z.numel() <= _BLOCK:
-        return function(z)
-    # Kept in memory order, so that a channels-last tensor is not copied.
-    order = sorted(range(z.dim()), key=z.stride, reverse=True)
-    flat = z.permute(order).reshape(-1)
-    parts = [function(flat[start : start + _BLOCK]) for start in range(0, flat.numel(), _BLOCK)]
-    joined = torch.cat(parts, -1).unflatten(-1, [z.shape[axis] for axis in order])
-    back = [order.index(axis) for axis in range(z.dim())]
-    lead = joined.dim() - z.dim()
-    return joined.permute(*range(lead), *[lead + axis for axis in back])
+def _kernel_fits(z: Tensor, top: int, law: SmoothLaw, scale: float) -> bool:
+    return z.dtype == torch.float32 and type(law) in SMOOTH and kernels.fits(SMOOTH[type(law)], top, scale)
 
 
 def _sum_over_thresholds(
@@ -93,48 +78,10 @@ def _sum_over_thresholds(
         for k in range(top):
             total += term(z - (k + 0.5), scale)
         return total
-    anchor = z.floor()
+    anchor = z.floor().clamp_(-half - 1, top + half)
     for offset in range(-half, half + 1):
         k = anchor + offset
         total += term(z - k - 0.5, scale) * ((k >= 0) & (k < top))
-    return total
-
-
-def _ratios_fit(z: Tensor, top: int, law: SmoothLaw, scale: float) -> bool:
-    return isinstance(law, Logistic) and z.dtype == torch.float32 and top / scale < 130
-
-
-def _logistic_ratios(z: Tensor, top: int, scale: float) -> Iterator[Tensor]:
-    """Yield the sigmoid of every threshold at the lower of z and its mirror image, from one exponential.
-
-    Mirroring keeps the sums exact to rounding in both tails: a difference of numbers near one never occurs there.
-    The clamp at 30 scales below the range stands for a slope of 1e-13.
-    """
-    lower = (z - top / 2).abs_().neg_().mul_(1 / scale)
-    a = lower.clamp_(min=-top / (2 * scale) - 30).exp_()
-    s = torch.empty_like(a)
-    for k in range(top):
-        torch.add(a, math.exp((k + 0.5 - top / 2) / scale), out=s)
-        yield torch.div(a, s, out=s)
-
-
-def _logistic_slope(z: Tensor, top: int, scale: float) -> Tensor:
-    total = torch.zeros_like(z)
-    for s in _logistic_ratios(z, top, scale):
-        total.add_(s).addcmul_(s, s, value=-1)
-    return total.mul_(1 / scale)
-
-
-def _logistic_slope_and_curvature(z: Tensor, top: int, scale: float) -> Tensor:
-    total = torch.zeros(2, *z.shape, dtype=z.dtype, device=z.device)
-    first, second = total
-    square = torch.empty_like(z)
-    for s in _logistic_ratios(z, top, scale):
-        torch.mul(s, s, out=square)
-        first.add_(s).sub_(square)  # s (1 - s)
-        second.add_(square).addcmul_(square, s, value=-1)  # s^2 (1 - s)
-    second.mul_(-2).add_(first).mul_(1 / scale**2).mul_((top / 2 - z).sign_())
-    first.mul_(1 / scale)
     return total
 
 
@@ -172,6 +119,8 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (curvature,) = ctx.saved_tensors
         return grads[0] * curvature, None, None

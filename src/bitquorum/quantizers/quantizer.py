@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.interface import InputError
-from bitquorum.quantizers.laws import Deterministic, Law, Logistic, SmoothLaw
-from bitquorum.quantizers.mean import attach_mean, mean_code
+from bitquorum.quantizers.laws import WIDEST, Deterministic, Law, Logistic, SmoothLaw
+from bitquorum.quantizers.mean import LAWS, attach_mean, mean_code
 from bitquorum.quantizers.surrogate import Backward, Surrogate, ambient
 
 Grid = Literal["one-sided", "two-sided", "symmetric"]
@@ -58,6 +58,11 @@ class Quantizer(nn.Module):
         (tensor([2.]), tensor([1.5000]))
     """
 
+    log_step: Tensor
+    fixed_step: Tensor
+    low: Tensor
+    raw_scale: Tensor
+
     def __init__(
         self,
         bits: int,
@@ -100,9 +105,7 @@ class Quantizer(nn.Module):
             x: Values in any range.
             noise: Uniform numbers in (0, 1); drawn by `rng` for a batch of activations when omitted.
         """
-        low, step = self._range(x)
-        z = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x) - low
-        z = z / step
+        z, low, step = self._steps(x)
         code = self._draw(z.detach(), noise)
         if torch.is_grad_enabled() and (z.requires_grad or self._scale_is_learned):
             code = self._attach_gradient(code, z)
@@ -113,8 +116,7 @@ class Quantizer(nn.Module):
     ) -> Integer[Tensor, "*shape"]:
         """Return the integer codes in [0, 2**bits - 1] as uint8; `decode` gives the values."""
         with torch.no_grad():
-            low, step = self._range(x)
-            return self._draw((x - low) / step, noise).to(torch.uint8)
+            return self._draw(self._steps(x)[0], noise).to(torch.uint8)
 
     def decode(self, codes: Int[Tensor, "*shape"] | Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the level of each code, equal bit for bit to what `forward` returns for it."""
@@ -131,43 +133,52 @@ class Quantizer(nn.Module):
 
     def mean(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return E[Q(x) | x] in closed form, differentiable to any order."""
-        low, step = self._range(x)
-        return self._decode(mean_code((x - low) / step, self.top, self.law, self.scale()), low, step)
+        z, low, step = self._steps(x)
+        return self._decode(mean_code(z, self.top, self.law, self.scale()), low, step).to(x.dtype)
 
     def probabilities(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape levels"]:
         """Return P(k | x) for every level k, differentiable."""
-        low, step = self._range(x)
-        return self._probabilities((x - low) / step, self.scale())
+        return self._probabilities(self._steps(x)[0], self.scale())
 
     def entropy(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return H(Q(x) | x) in bits for each element: the noise that a draw adds."""
-        p = self.probabilities(x)
-        return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
+        return _entropy(self.probabilities(x))
 
     def rate(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
         """Return I(x; Q(x)) in bits, exactly, for x uniform over the given elements."""
         p = self.probabilities(x).flatten(0, -2)
-        marginal = p.mean(0)
-        total = -torch.special.xlogy(marginal, marginal).sum() / math.log(2)
-        return total - self.entropy(x).mean()
+        return _entropy(p.mean(0)) - _entropy(p).mean()
 
     def scale(self) -> Float[Tensor, ""] | float:
-        """Return the noise scale in steps; a learned one never falls below its floor."""
+        """Return the noise scale in steps; a learned one never falls below its floor, nor leaves the law's range."""
         if not isinstance(self.law, SmoothLaw):
             return 1.0
-        return self.law.floor + self.raw_scale.exp() if self.law.learned else self.law.scale
+        if not self.law.learned:
+            return self.law.scale
+        return self.law.floor + self.raw_scale.clamp(max=math.log(WIDEST - self.law.floor)).exp()
 
     @torch.no_grad()
     def fit_range(self, x: Float[Tensor, "*shape"], *, candidates: int = 40) -> None:
         """Set the range that gives deterministic rounding of `x` the least mean squared error.
 
-        The search covers `candidates` fractions of the largest magnitude, per channel where there are channels. A two-sided
-        grid keeps the smallest value of `x` as its lowest level.
+        The search covers `candidates` fractions of the largest magnitude, per channel where there are channels. A
+        two-sided grid keeps the smallest value of `x` as its lowest level. Where a one- or two-sided grid would shrink
+        to a point, as behind a dead unit, the step stays as it is.
+
+        Raises:
+            InputError: if `x` is empty or not finite.
         """
         flat = x.detach().float()
+        if not (flat.numel() and bool(flat.isfinite().all())):
+            raise InputError(
+                f"{self.address or 'a quantizer'}: expected finite values to fit a range to, got "
+                f"{'NaN or infinity' if flat.numel() else 'none'}; check the weights and the calibration images"
+            )
         flat = flat.reshape(1, -1) if self.log_step.dim() == 0 else flat.movedim(self.axis, 0).flatten(1)
         low = flat.amin(1) if self.grid == "two-sided" else torch.zeros(len(flat), device=flat.device)
-        reach = (flat.abs() if self.grid == "symmetric" else flat - low[:, None]).amax(1).clamp(min=1e-8)
+        reach = (flat.abs() if self.grid == "symmetric" else flat - low[:, None]).amax(1)
+        flat_grid = (reach <= 0) & (self.grid != "symmetric")
+        reach = reach.clamp(min=1e-8)
         best = torch.full_like(reach, torch.inf)
         chosen = reach.clone()
         for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
@@ -177,6 +188,7 @@ class Quantizer(nn.Module):
             target = flat.clamp(min=0) if self.grid == "one-sided" else flat
             error = (start[:, None] + step[:, None] * code - target).square().mean(1)
             chosen, best = torch.where(error < best, step, chosen), torch.minimum(error, best)
+        chosen = torch.where(flat_grid, self._base()[1].to(chosen), chosen)
         self.log_step.copy_(chosen.log().view_as(self.log_step))
         if not self.learned:
             self.fixed_step.copy_(chosen.view_as(self.fixed_step))
@@ -221,6 +233,12 @@ class Quantizer(nn.Module):
         shape[self.axis] = -1
         return (low.view(shape) if isinstance(low, Tensor) else low), step.view(shape)
 
+    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+        """Return `x` in steps above the lowest level, and `_range`; half precision is widened first."""
+        low, step = self._range(x)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return (wide - low) / step, low, step
+
     def _decode(self, code: Tensor, low: Tensor | float, step: Tensor) -> Tensor:
         if self.grid == "symmetric":
             return (code - self.top / 2) * step
@@ -229,17 +247,23 @@ class Quantizer(nn.Module):
     def _draw(self, z: Tensor, noise: Tensor | None) -> Tensor:
         if not self.law.stochastic:
             return z.round().clamp(0, self.top)
-        u = rng.uniform_like(z, self.address) if noise is None else noise
         scale = self.scale()
-        e = self.law.sample(u, scale.detach() if isinstance(scale, Tensor) else scale)
-        return e.add_(z).round_().clamp_(0, self.top)
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
+        name = LAWS.get(type(self.law))
+        if noise is None and name is not None:
+            return kernels.draw(rng.row_keys(z, self.address), z, law=name, top=self.top, scale=scale)
+        u = rng.uniform_like(z, self.address) if noise is None else noise
+        return self.law.sample(u, scale).add_(z).round_().clamp_(0, self.top)
 
     def _attach_gradient(self, code: Tensor, z: Tensor) -> Tensor:
         chosen = ambient() or self.surrogate
         backward = chosen.backward or self.surrogate.backward
         law, scale = self.law, self.scale()
         if backward == "mean" and isinstance(law, Deterministic):
-            law, scale = Logistic(), Logistic().scale  # only an attacker gets here: BPDA through a smooth stand-in
+            law, scale = (
+                Logistic(),
+                Logistic().scale,
+            )  # only an attacker gets here: BPDA through a smooth stand-in
         if backward == "gumbel" and law.stochastic:
             return self._attach_gumbel(code, z, scale, chosen.temperature)
         if backward == "mean" and isinstance(law, SmoothLaw):
@@ -250,21 +274,20 @@ class Quantizer(nn.Module):
         inside = z.clamp(0, self.top)  # the mean of stochastic rounding, and straight-through for every law
         return code + (inside - inside.detach())
 
-    def _attach_gumbel(
-        self, code: Tensor, z: Tensor, scale: Tensor | float, temperature: float
-    ) -> Tensor:
+    def _attach_gumbel(self, code: Tensor, z: Tensor, scale: Tensor | float, temperature: float) -> Tensor:
         """Relax the draw to a concrete variable, given that its largest component is the drawn code.
 
-        Conditional Gumbel variables: Maddison and Tarlow, 2017; Paulus et al., 2020, https://arxiv.org/abs/2010.04838, eq. 6.
-        Without noise elsewhere the relaxation is the one of Louizos et al., 2019.
+        Gumbel noise is drawn given that code and then held fixed, so that the expected gradient is that of the mean of
+        the relaxation: Paulus et al., 2020, https://arxiv.org/abs/2010.04838, section 3. Without noise elsewhere the
+        relaxation is the one of Louizos et al., 2019.
         """
         logp = self._probabilities(z, scale).clamp(min=1e-20).log()
         waits = -rng.uniform_like(z[..., None].detach().expand(logp.shape), self.address + "/gumbel").log()
         index = code.long()[..., None]
         first = waits.gather(-1, index)
-        others = -(waits / logp.exp() + first).log()
-        perturbed = others.scatter(-1, index, -first.log())
-        weights = torch.softmax(perturbed / temperature, -1)
+        others = -(waits / logp.detach().exp() + first).log()
+        gumbel = others.scatter(-1, index, -first.log()) - logp.detach()
+        weights = torch.softmax((logp + gumbel) / temperature, -1)
         soft = (weights * torch.arange(self.top + 1, device=z.device, dtype=z.dtype)).sum(-1)
         return code + (soft - soft.detach())
 
@@ -273,7 +296,9 @@ class Quantizer(nn.Module):
         below = self.law.cdf(thresholds - z[..., None], scale)  # P(code <= k), by symmetry of the law
         above = self.law.cdf(z[..., None] - thresholds, scale)
         inner = torch.where(
-            (z[..., None] > thresholds[1:]), above[..., :-1] - above[..., 1:], below[..., 1:] - below[..., :-1]
+            (z[..., None] > thresholds[1:]),
+            above[..., :-1] - above[..., 1:],
+            below[..., 1:] - below[..., :-1],
         )
         return torch.cat([below[..., :1], inner, above[..., -1:]], -1)
 
@@ -291,9 +316,12 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None  # type: ignore[attr-defined]
 
 
-def _check(
-    bits: int, grid: str, low: float, high: float, channels: int | None, law: Law, backward: str | None
-) -> None:
+def _entropy(p: Tensor) -> Tensor:
+    """Return the entropy over the last dimension in bits; the clamp keeps the gradient finite where p is zero."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log2()).sum(-1)
+
+
+def _check(bits: int, grid: str, low: float, high: float, channels: int | None, law: Law, backward: str | None) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise InputError(f"expected bits to be an integer in [1, 8], got {bits!r}")
     if grid not in get_args(Grid):

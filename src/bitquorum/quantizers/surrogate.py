@@ -34,9 +34,7 @@ class Surrogate(Method):
 
     def __post_init__(self) -> None:
         if self.backward is not None and self.backward not in get_args(Backward):
-            raise InputError(
-                f"expected a backward among {', '.join(get_args(Backward))}, got {self.backward!r}"
-            )
+            raise InputError(f"expected a backward among {', '.join(get_args(Backward))}, got {self.backward!r}")
         if not (self.width > 0 and self.temperature > 0):
             raise InputError(
                 f"expected a positive width and temperature, got width={self.width}, temperature={self.temperature}"

@@ -76,10 +76,9 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
         return "no work recorded"
     last = rows[-1]
     seconds = sum(float(row.get("seconds", 0)) for row in rows)
-    devices = [device["name"] for device in last["cuda"]["devices"]]
-    hardware = devices[0] if devices else last["cpu"]["model"]
+    hardware = dict.fromkeys(next((d["name"] for d in row["cuda"]["devices"]), row["cpu"]["model"]) for row in rows)
     return (
-        f"{seconds / 60:.1f} minutes on {hardware}, {last['threads']['intra_op']} threads, "
+        f"{seconds / 60:.1f} minutes on {' and '.join(hardware)}, {last['threads']['intra_op']} threads, "
         f"torch {last['versions']['torch']}, bitquorum {last['versions']['bitquorum']}"
     )
 

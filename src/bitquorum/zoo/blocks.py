@@ -34,9 +34,7 @@ class PadShortcut(nn.Module):
         check_count("stride", stride)
         self.extra, self.stride = extra, stride
 
-    def forward(
-        self, x: Float[Tensor, "batch inputs height width"]
-    ) -> Float[Tensor, "batch outputs rows columns"]:
+    def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the image with fewer pixels and more channels."""
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
@@ -94,9 +92,7 @@ class BasicBlock(nn.Module):
             self.shortcut = PadShortcut(extra=outputs - inputs, stride=stride)
         self.activation2 = ACTIVATIONS[activation]()
 
-    def forward(
-        self, x: Float[Tensor, "batch inputs height width"]
-    ) -> Float[Tensor, "batch outputs rows columns"]:
+    def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the activated sum of the two paths."""
         hidden = self.activation1(self.norm1(self.conv1(x)))
         return self.activation2(self.norm2(self.conv2(hidden)) + self.shortcut(x))
@@ -141,9 +137,7 @@ class PreActBlock(nn.Module):
         same = (inputs, stride) == (outputs, 1)
         self.shortcut = None if same else convolution(inputs, outputs, 1, stride=stride)
 
-    def forward(
-        self, x: Float[Tensor, "batch inputs height width"]
-    ) -> Float[Tensor, "batch outputs rows columns"]:
+    def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the sum of the two paths."""
         hidden = self.activation1(self.norm1(x))
         branch = self.conv2(self.activation2(self.norm2(self.conv1(hidden))))

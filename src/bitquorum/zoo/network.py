@@ -76,9 +76,7 @@ class Network(Method, ABC):
         """
         check_count("classes", classes, least=2)
         if len(shape) != 3:
-            raise InputError(
-                f"expected shape to be (channels, height, width), got {shape}; give three integers"
-            )
+            raise InputError(f"expected shape to be (channels, height, width), got {shape}; give three integers")
         for name, size, least in zip(
             ("channels", "height", "width"), shape, (1, self.smallest, self.smallest), strict=True
         ):
@@ -159,17 +157,13 @@ def convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias
 def check_count(name: str, value: int, *, least: int = 1) -> None:
     """Raise `InputError` unless `value` is an integer of at least `least`."""
     if type(value) is not int or value < least:
-        raise InputError(
-            f"expected {name} to be an integer of at least {least}, got {value!r}; give such an integer"
-        )
+        raise InputError(f"expected {name} to be an integer of at least {least}, got {value!r}; give such an integer")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise `InputError` unless `value` is one of `choices`."""
     if value not in tuple(choices):
-        raise InputError(
-            f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one of these"
-        )
+        raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one of these")
 
 
 def _draw_weights(network: nn.Module) -> None:

@@ -46,9 +46,7 @@ class SmallResNet(Network):
     def __post_init__(self) -> None:
         """Check the fields."""
         if not isinstance(self.widths, tuple) or len(self.widths) != 3:
-            raise InputError(
-                f"expected a tuple of three widths, one per stage, got {self.widths}; give three integers"
-            )
+            raise InputError(f"expected a tuple of three widths, one per stage, got {self.widths}; give three integers")
         least = 1
         for index, width in enumerate(self.widths):
             check_count(f"widths[{index}]", width, least=least)
@@ -140,9 +138,7 @@ class ResNet18(Network):
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
         widths = _doubling(self.width, 4)
-        return _basic(
-            shape[0], widths, classes, blocks=2, activation=self.activation, norm=self.norm, project=True
-        )
+        return _basic(shape[0], widths, classes, blocks=2, activation=self.activation, norm=self.norm, project=True)
 
 
 @final
@@ -280,9 +276,7 @@ def _stages(block: Callable[..., nn.Module], widths: Sequence[int], blocks: int)
     stages: dict[str, nn.Module] = {}
     for index, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         first = block(inputs, outputs, stride=1 if index == 1 else 2)
-        stages[f"stage{index}"] = nn.Sequential(
-            first, *(block(outputs, outputs, stride=1) for _ in range(blocks - 1))
-        )
+        stages[f"stage{index}"] = nn.Sequential(first, *(block(outputs, outputs, stride=1) for _ in range(blocks - 1)))
     return stages
 
 

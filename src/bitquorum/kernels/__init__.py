@@ -1,0 +1,41 @@
+"""Run the inner loops of the stochastic quantizer, plainly or fused by a compiler.
+
+| file | holds |
+|---|---|
+| `choice` | the choice between plain and compiled code, and the call of a compiled kernel |
+| `layout` | views of a tensor in the order of its memory, so that no layout costs a copy |
+| `noise` | counter-based uniform noise, and the draw of a code |
+| `mean` | slope and curvature of the mean code |
+
+A kernel is one pure torch function. Plainly it runs block by block inside the cache; compiled, `torch.compile` fuses it
+into one pass (inductor: C++ on a CPU, Triton on CUDA), about five to ten times faster. Compilation takes some seconds
+for each kernel in the first process and less in the next, so plain code is the default:
+
+    >>> from bitquorum import kernels
+    >>> kernels.mode()
+    'eager'
+    >>> with kernels.use("eager"):
+    ...     pass
+
+The noise bits are integers and equal in both; a code differs where the last place of a logarithm moves a value across
+a rounding threshold, in less than one draw of 100,000. Two calls give equal bits, in either. Compiled code takes
+float32; every other type runs plainly.
+"""
+
+from bitquorum.kernels.choice import Mode, compiler_available, mode, use
+from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
+from bitquorum.kernels.noise import LawName, draw, uniform
+
+__all__ = [
+    "LawName",
+    "Mode",
+    "SmoothLawName",
+    "compiler_available",
+    "draw",
+    "fits",
+    "mode",
+    "slope",
+    "slope_and_curvature",
+    "uniform",
+    "use",
+]

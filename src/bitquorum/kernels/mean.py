@@ -1,0 +1,165 @@
+r"""Sum the density of the noise, and its slope, over the thresholds of a quantizer.
+
+With the mean code $M(z) = \sum_k F(z - k - 1/2)$ these are $M'(z)$ and $M''(z)$. Both follow from the lower half of the
+range by symmetry about $\mathrm{top} / 2$, where no difference of numbers near one occurs: exact to rounding in both
+tails. The sum runs over all thresholds, or over a window that holds every threshold nearer than the law's reach; the
+rest contribute less than 1e-7. The logistic law takes one exponential for all thresholds, since
+$\sigma((x - t) / \rho) = a / (a + c)$ with $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal, TypeAlias, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitquorum.kernels import choice, layout
+
+SmoothLawName = Literal["logistic", "gaussian"]
+Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, where a number would be a constant
+
+_REACH = {"logistic": 17.0, "gaussian": 5.5}  # in scales; beyond, the density is below 1e-7
+_LARGEST = 80.0  # of the exponents, for float32
+_UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
+
+
+def fits(law: SmoothLawName, top: int, scale: float) -> bool:
+    """Return whether the sums stay inside float32: only very narrow logistic noise leaves it."""
+    half = _half(law, top, scale)
+    return _exponents_fit(law, top / 2 if half is None else half + 0.5, scale)
+
+
+def slope(z: Float[Tensor, "*shape"], *, law: SmoothLawName, top: int, scale: float) -> Float[Tensor, "*shape"]:
+    """Return $M'(z)$, without a graph and in the memory order of `z`.
+
+    Args:
+        z: Values in steps above the lowest level.
+        law: `logistic` or `gaussian`.
+        top: The largest code.
+        scale: Of the noise, in steps; see `fits`.
+
+    Examples:
+        >>> slope(torch.tensor([0.5, 7.5, 14.5]), law="logistic", top=15, scale=0.5)
+        tensor([0.7510, 1.0020, 0.7510])
+    """
+    return _run(z, law, top, scale, 1)[0]
+
+
+def slope_and_curvature(
+    z: Float[Tensor, "*shape"], *, law: SmoothLawName, top: int, scale: float
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Return $M'(z)$ and $M''(z)$ in one pass; arguments as in `slope`.
+
+    Examples:
+        >>> slope_and_curvature(torch.tensor([0.5, 1.0, 1.5]), law="gaussian", top=2, scale=0.5)[1]
+        tensor([ 0.4319,  0.0000, -0.4319])
+    """
+    first, second = _run(z, law, top, scale, 2)
+    return first, second
+
+
+@torch.no_grad()
+def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> list[Tensor]:
+    half = _half(law, top, scale)
+    table = _table(law, top, half, scale)
+    constants = {"law": law, "top": top, "half": half, "order": order}
+    if len(table) <= _UNROLLED + 2 and choice.applies(z):
+        flat = layout.flatten(z.detach()).contiguous()
+        results = choice.call(_sums, flat, _on_device(table, z.device), **constants)
+        if results is not None:
+            return [layout.unflatten(result, z) for result in results]
+    return layout.by_blocks(z, lambda part: _sums(part, table, **constants), order)
+
+
+def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
+    return law != "logistic" or reach / scale < _LARGEST
+
+
+def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
+    """Return the half width of the window, or `None` to sum all thresholds, which need no mask."""
+    half = math.ceil(_REACH[law] * scale) + 1
+    count = 2 * half + 1
+    cheaper = 3 * count >= 2 * top and _exponents_fit(law, top / 2, scale)
+    return None if count >= top or cheaper else half
+
+
+@lru_cache(maxsize=256)
+def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
+    """Return 1 / scale, the least argument in scales, and a constant for each threshold."""
+    if half is None:
+        offsets = [k + 0.5 - top / 2 for k in range(top)]
+        least = offsets[0] / scale - 30.0
+    else:
+        offsets = [k + 0.5 for k in range(-half, half + 1)]
+        least = -1 / scale  # below the window everything is masked
+    constants = (math.exp(t / scale) if law == "logistic" else t / scale for t in offsets)
+    return (1 / scale, least, *constants)
+
+
+@lru_cache(maxsize=256)
+def _on_device(table: tuple[float, ...], device: torch.device) -> Float[Tensor, "entries"]:
+    with torch.inference_mode(False):
+        return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+# The functions below are traced by the compiler; type checks at run time would break the trace.
+
+
+@no_type_check
+def _sums(
+    z: Float[Tensor, "count"],
+    table: Table,
+    *,
+    law: SmoothLawName,
+    top: int,
+    half: int | None,
+    order: int,
+) -> tuple[Float[Tensor, "count"], ...]:
+    x = torch.minimum(z, top - z)
+    anchor = None if half is None else x.floor().clamp_(min=-half - 1)
+    x.sub_(top / 2 if half is None else anchor).mul_(table[0]).clamp_(min=table[1])
+    sums = (_logistic if law == "logistic" else _gaussian)(x, anchor, table, top, half, order)
+    sums[0].mul_(table[0])
+    if order == 2:
+        sums[1].mul_(table[0]).mul_(table[0]).mul_((top - 2 * z).sign_())
+    return sums
+
+
+@no_type_check
+def _logistic(
+    x: Tensor, anchor: Tensor | None, table: Table, top: int, half: int | None, order: int
+) -> tuple[Tensor, ...]:
+    a, s, first = x.exp_(), torch.empty_like(x), torch.zeros_like(x)
+    square, second = (torch.empty_like(x), torch.zeros_like(x)) if order == 2 else (None, None)
+    for index in range(top if half is None else 2 * half + 1):
+        torch.add(a, table[2 + index], out=s)
+        torch.div(a, s, out=s)
+        if half is not None:
+            s.mul_(anchor >= half - index)
+        if order == 1:
+            first.add_(s).addcmul_(s, s, value=-1)  # s (1 - s)
+        else:
+            torch.mul(s, s, out=square)
+            first.add_(s).sub_(square)
+            second.add_(square).addcmul_(square, s, value=-1)  # s^2 (1 - s)
+    return (first,) if order == 1 else (first, second.mul_(-2).add_(first))
+
+
+@no_type_check
+def _gaussian(
+    x: Tensor, anchor: Tensor | None, table: Table, top: int, half: int | None, order: int
+) -> tuple[Tensor, ...]:
+    d, p, first = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(x)
+    second = torch.zeros_like(x) if order == 2 else None
+    for index in range(top if half is None else 2 * half + 1):
+        torch.sub(x, table[2 + index], out=d)
+        torch.mul(d, d, out=p).mul_(-0.5).exp_()
+        if half is not None:
+            p.mul_(anchor >= half - index)
+        first.add_(p)
+        if order == 2:
+            second.addcmul_(p, d, value=-1)
+    factor = 1 / math.sqrt(2 * math.pi)
+    return (first.mul_(factor),) if order == 1 else (first.mul_(factor), second.mul_(factor))

@@ -1,0 +1,182 @@
+r"""Turn keys and counters into uniform noise, and noise into codes.
+
+Element number $i$ of a row gets two rounds of a 32-bit integer mixing function over $i$, the first keyed by the lower
+half of the row's 64-bit key, the second by the upper half. The mixing function is the three-shift, two-multiply one
+that Wellons, *Prospecting for hash functions*, 2018, found by search (shifts 16, 15, 15; multipliers 0x21f0aaad,
+0xd35a2d97). The upper 23 bits $k$ give the number $(k + 1/2) / 2^{23}$: never 0, never 1. All of it is integer
+arithmetic, which wraps, so every device and every compiler gives the same bits.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal, no_type_check
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitquorum.kernels import choice, layout
+
+LawName = Literal["logistic", "gaussian", "uniform"]
+
+_BLOCK = 2 * layout.BLOCK
+# Giles, *Approximating the erfinv function*, 2010, table of single precision: near the centre, and in the tails.
+_CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087)
+_CENTRE += (-0.00125372503, -0.00417768164, 0.246640727, 1.50140941)
+_TAIL = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773)
+_TAIL += (-0.0076224613, 0.00943887047, 1.00167406, 2.83297682)
+
+
+def uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"]:
+    """Return `count` float32 numbers in (0, 1) for each 64-bit key; runs plainly in either mode.
+
+    Examples:
+        >>> bool((uniform(torch.tensor([1, 2]), 5)[:, :3] == uniform(torch.tensor([1, 2]), 3)).all())
+        True
+    """
+    out = torch.empty(keys.shape[0], count, dtype=torch.float32, device=keys.device)
+    halves = _halves(keys)
+    width = min(count, _BLOCK) if keys.device.type == "cpu" else count
+    counter = _counter(torch.Size((width,)), (0,), keys.device)
+    for rows, columns in _blocks(out):
+        part = out[rows, columns]
+        start = torch.tensor([columns.start, 0], dtype=torch.int32, device=keys.device)  # added to the counter's key
+        part.copy_(_uniform(halves[rows] + start, counter[: part.shape[1]]))
+    return out
+
+
+@torch.no_grad()
+def draw(
+    keys: Int[Tensor, "rows"],
+    z: Float[Tensor, "rows *rest"],
+    *,
+    law: LawName,
+    top: int,
+    scale: Float[Tensor, ""] | float,
+) -> Float[Tensor, "rows *rest"]:
+    r"""Return the codes of one draw, without a graph and in the memory order of `z`.
+
+    $$\mathrm{clip}(\mathrm{round}(z + e), 0, \mathrm{top})$$
+
+    with $e$ from the law: $\rho \log(u / (1 - u))$, $\rho\,\Phi^{-1}(u)$ or $u - 1/2$. The noise of an element depends
+    on its row's key and on its logical place in the row: not on the memory layout, nor on the other rows.
+
+    Args:
+        keys: One 64-bit key for each row.
+        z: Values in steps above the lowest level.
+        law: `logistic`, `gaussian` or `uniform`.
+        top: The largest code.
+        scale: The scale $\rho$ of the noise, in steps; the uniform law has none.
+
+    Examples:
+        >>> draw(torch.tensor([7, 8]), torch.tensor([[-3.0, 1.0], [1.0, 9.0]]), law="logistic", top=3, scale=0.1)
+        tensor([[0., 1.],
+                [1., 3.]])
+    """
+    flat = layout.flatten(z, 1) if z.dim() > 1 else z[:, None]
+    order = tuple(axis - 1 for axis in layout.memory_order(z, 1)) or (0,)
+    counter = _counter(z.shape[1:] or torch.Size((1,)), order, z.device)
+    halves = _halves(keys)
+    if choice.applies(z):
+        codes = _draw_compiled(halves, counter, flat, top, scale, law)
+        if codes is not None:
+            return layout.unflatten(codes, z, 1)
+    out = torch.empty_like(flat)
+    for rows, columns in _blocks(out):
+        out[rows, columns] = _draw(halves[rows], counter[columns], flat[rows, columns], top, scale, law=law)
+    return layout.unflatten(out, z, 1)
+
+
+def _draw_compiled(
+    halves: Tensor, counter: Tensor, flat: Tensor, top: int, scale: Tensor | float, law: LawName
+) -> Tensor | None:
+    largest = _scalar(float(top), flat.device)
+    width = scale if isinstance(scale, Tensor) else _scalar(float(scale), flat.device)
+    rows = flat.shape[0]
+    if rows == 1:  # a size of one would be compiled anew
+        halves, flat = halves.repeat(2, 1), flat.repeat(2, 1)
+    codes = choice.call(_draw, halves, counter, flat.contiguous(), largest, width, law=law, compiled=True)
+    return None if codes is None else codes[:rows]
+
+
+def _halves(keys: Int[Tensor, "rows"]) -> Int[Tensor, "rows 2"]:
+    return keys.contiguous().view(torch.int32).view(-1, 2)
+
+
+_counter = lru_cache(maxsize=32)(layout.logical_index)
+
+
+@lru_cache(maxsize=256)
+def _scalar(value: float, device: torch.device) -> Float[Tensor, ""]:
+    with torch.inference_mode(False):
+        return torch.tensor(value, device=device)
+
+
+def _blocks(out: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and columns of the parts that fit a CPU's cache; elsewhere all of them."""
+    rows, count = out.shape
+    if out.device.type != "cpu":
+        yield slice(0, rows), slice(0, count)
+        return
+    height = max(1, _BLOCK // max(count, 1))
+    for row in range(0, rows, height):
+        for start in range(0, count, _BLOCK):
+            yield slice(row, row + height), slice(start, start + _BLOCK)
+
+
+# The functions below are traced by the compiler; type checks at run time would break the trace.
+
+
+@no_type_check
+def _mix(h: Int[Tensor, "*shape"], scratch: Int[Tensor, "*shape"]) -> None:
+    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0xD35A2D97 - (1 << 32)), (15, None)):
+        torch.bitwise_right_shift(h, shift, out=scratch)
+        scratch.bitwise_and_((1 << (32 - shift)) - 1)
+        h.bitwise_xor_(scratch)
+        if multiplier is not None:
+            h.mul_(multiplier)
+
+
+@no_type_check
+def _uniform(halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "count"]) -> Float[Tensor, "rows count"]:
+    h = counter + halves[:, :1]
+    scratch = torch.empty_like(h)
+    _mix(h, scratch)
+    h.bitwise_xor_(halves[:, 1:])
+    _mix(h, scratch)
+    torch.bitwise_right_shift(h, 9, out=scratch)
+    scratch.bitwise_and_((1 << 23) - 1)
+    return scratch.to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+@no_type_check
+def _draw(
+    halves: Int[Tensor, "rows 2"],
+    counter: Int[Tensor, "count"],
+    z: Float[Tensor, "rows count"],
+    top: Float[Tensor, ""] | int,
+    scale: Float[Tensor, ""] | float,
+    *,
+    law: LawName,
+    compiled: bool = False,
+) -> Float[Tensor, "rows count"]:
+    u = _uniform(halves, counter).to(z.dtype)
+    if law == "logistic":
+        e = u.logit_().mul_(scale)
+    elif law == "gaussian":
+        # The compiler knows erfinv only one element at a time.
+        e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
+    else:
+        e = u.sub_(0.5)
+    return e.add_(z).round_().clamp_(min=0).clamp_(max=top)
+
+
+@no_type_check
+def _probit(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    w = -torch.log(4 * u * (1 - u))
+    centre, tail = w - 2.5, torch.sqrt(w) - 3
+    p, q = torch.full_like(u, _CENTRE[0]), torch.full_like(u, _TAIL[0])
+    for a, b in zip(_CENTRE[1:], _TAIL[1:], strict=True):
+        p, q = a + p * centre, b + q * tail
+    return torch.where(w < 5, p, q) * (2 * u - 1) * math.sqrt(2)

@@ -1,0 +1,348 @@
+"""Test what a user of the command line sees: help, tables, clear errors, exit codes and resumable runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from bitquorum import cli, experiment
+from bitquorum.config import parse, presets, read
+from bitquorum.files import read_jsonl
+from bitquorum.interface import BitquorumError
+from bitquorum.registry import encode, to_toml
+from bitquorum.store import Run
+
+TINY = """
+name = "tiny"
+[data]
+train = 40
+[trainer]
+epochs = 1
+batch_size = 10
+lr = 0.05
+log_every = 1
+calibration = 10
+checkpoint_seconds = 0.0
+[evaluation]
+epsilons = ["8/255"]
+examples = 10
+draws = 2
+attacks = [{ type = "fgsm" }]
+[[arms]]
+name = "plain"
+network = { type = "linear" }
+[[arms]]
+name = "sq"
+network = { type = "digitsnet", width = 4 }
+members = [{ weight_bits = 4, activation_bits = 2 }]
+"""
+COMMANDS = {
+    "run": "Train and attack every arm",
+    "train": "Train every arm of an experiment without attacking it",
+    "evaluate": "Attack a trained run",
+    "show": "Print the stored table of a run",
+    "list": "List the stored runs, or the presets",
+    "publish": "Copy a run's config, metrics and environment",
+    "doctor": "Print versions, devices",
+    "data list": "List the known data sets",
+    "data get": "Download a data set's published files",
+}
+# A shell that starts the tests in the background lets its children ignore the interrupt.
+LAUNCHER = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bitquorum.cli import main; main()"
+)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.toml").write_text(TINY)
+    experiment.run(read(str(folder / "tiny.toml")), folder / "runs")
+    return folder / "runs"
+
+
+def call(*arguments: str) -> str:
+    """Return what a command prints; a failure is raised as it is."""
+    result = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}).invoke(
+        cli.app, arguments, catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    return " ".join(plain(result.output).split())
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e\n]", "", text)
+
+
+def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BITQUORUM")}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "NO_COLOR": "1"}
+    command = [sys.executable, "-c", LAUNCHER, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Return the one message with which the installed command refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", ["bitquorum", *arguments])
+    monkeypatch.setattr(cli.err, "_width", 500)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command replaces
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    lines = plain(captured.err).strip().splitlines()
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    (message,) = [line for line in lines if line.startswith("error: ")]
+    assert lines == [message], "one message and nothing else"
+    return message
+
+
+def test_the_help_names_every_command():
+    known = {name for name in COMMANDS if " " not in name} | {"data"}
+    text = call("--help")
+    assert all(re.search(rf"\b{name}\b", text) for name in known)
+    assert set(get_command(cli.app).list_commands(None)) == known  # type: ignore[attr-defined, arg-type]
+
+
+@pytest.mark.parametrize(("command", "purpose"), COMMANDS.items())
+def test_every_command_says_what_it_does_and_what_it_takes(command: str, purpose: str):
+    text = call(*command.split(), "--help")
+    assert purpose in text
+    assert f"bitquorum {command}" in text or f"root {command}" in text
+    assert text.count("--help") >= 1
+
+
+def test_help_is_fast_for_it_does_without_torch():
+    code = (
+        "import sys; from bitquorum import cli\n"
+        "try: cli.app(['--help'])\nexcept SystemExit: pass\n"
+        "print('heavy:', sorted({'torch', 'numpy', 'sklearn', 'pyarrow'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "heavy: []" in result.stdout
+
+
+def test_a_run_prints_its_table_and_where_it_lies_and_again_the_same(tiny: str, tmp_path: Path):
+    folder = str(tmp_path / "runs")
+    first = call("run", tiny, "--runs", folder, "--device", "cpu")
+    assert "plain (fp)" in first
+    assert "sq (w4a2)" in first
+    assert "worst of these" in first
+    assert "10 test images and 2 fresh draws" in first
+    assert f"The run lies in {folder}/tiny-" in first
+    assert "minutes on" in first
+    second = call("run", tiny, "--runs", folder)
+    assert second == first[first.index(second[:20]) :]
+    assert "train plain" not in second
+
+
+def test_train_then_evaluate(tiny: str, tmp_path: Path):
+    folder = str(tmp_path / "runs")
+    assert "Trained; the run lies in" in call("train", tiny, "seed=1", "--runs", folder)
+    assert "trained" in call("list", "--runs", folder)
+    assert "Not evaluated yet" in call("show", "tiny", "--runs", folder)
+    assert "Not evaluated yet" in call("show", "tiny", "--markdown", "--runs", folder)
+    text = call("evaluate", "tiny", "examples=20", "draws=1", "attacks=[{type='pgd', steps=2}]", "--runs", folder)
+    assert "PGD-2" in text
+    assert "20 test images and 1 fresh draws" in text
+    assert "Not evaluated yet" in call("show", "tiny", "--runs", folder)
+
+
+def test_show_and_list_and_publish_only_read(runs: Path, tmp_path: Path):
+    stored = Run.find(runs, "tiny")
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    assert "worst of these" in call("show", "tiny", "--runs", str(runs))
+    assert "worst of these" in call("show", str(stored.path), "--runs", str(tmp_path))
+    assert call("list", "--runs", str(runs)).endswith(f"{stored.path.name} digits 0 complete")
+    assert "Published to" in call("publish", "tiny", str(tmp_path / "out"), "--runs", str(runs))
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert call("show", str(tmp_path / "out")) == call("show", str(stored.path)).replace(
+        str(stored.path), str(tmp_path / "out")
+    )
+
+
+def test_show_prints_a_config_that_replays_and_markdown_as_it_is(runs: Path):
+    result = CliRunner().invoke(cli.app, ["show", "tiny", "--config", "--runs", str(runs)])
+    stored = Run.find(runs, "tiny")
+    assert (
+        result.output == (stored.path / "config.toml").read_text() == to_toml(encode(experiment.experiment_of(stored)))
+    )
+    result = CliRunner().invoke(cli.app, ["show", "tiny", "--markdown", "--runs", str(runs)])
+    lines = result.output.splitlines()
+    assert lines[0] == "| epsilon | attack | plain (fp) | sq (w4a2) |"
+    assert lines[1] == "|---|---|---|---|"
+    assert len(lines) == 2 + 3
+
+
+def test_lists(tmp_path: Path):
+    text = call("list", "--presets")
+    assert all(name in text for name in presets())
+    assert "Begin with: bitquorum run digits" in call("list", "--runs", str(tmp_path / "none"))
+    text = call("data", "list", "--data", str(tmp_path))
+    assert "digits 1 x 8 x 8 1,297 + 500 scikit-learn" in text
+    assert "cifar10 3 x 32 x 32 50,000 + 10,000 missing; bitquorum data get cifar10" in text
+
+
+def test_an_unreadable_run_does_not_hide_the_others(runs: Path, tmp_path: Path):
+    folder = tmp_path / "runs"
+    Run.find(runs, "tiny").publish(folder / "tiny-000000000000")
+    for name, text in {"broken-1": "name = [", "older-2": 'name = "x"\nnovelty = 1\n'}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.toml").write_text(text)
+    text = call("list", "--runs", str(folder))
+    assert "tiny-000000000000 digits 0 0 of 2 arms trained" in text
+    assert text.count("unreadable") == 2
+
+
+def test_doctor_says_what_is_here(tmp_path: Path):
+    text = call("doctor", "--data", str(tmp_path))
+    for name in ("python", "torch", "CPU", "threads", "AMX", "bfloat16 on CPU", "compiled kernels", "CUDA"):
+        assert name in text
+    assert "data: digits scikit-learn" in text
+    assert "data: cifar10 missing; bitquorum data get cifar10" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "digit"], r"expected a preset .* got 'digit'; did you mean 'digits'\?"),
+        (["run", "none.toml"], r"expected an experiment file at none\.toml, got none"),
+        (["run", "digits", "trainer.epoch=1"], r"trainer\.epoch: expected a key .*did you mean 'epochs'\?"),
+        (["run", "digits", "trainer.epochs=few"], r"trainer\.epochs: expected an integer, got 'few'"),
+        (["run", "digits", "3"], r"expected an assignment, got '3'"),
+        (["run", "digits", "name=a/b"], r"expected a run name of letters"),
+        (["train", "digits", "arms.0.passes=0"], r"arms\.0: expected at least one pass per prediction, got 0"),
+        (["train", "digits", "trainer.batch_size=5000"], r"expected at least one batch of 5000 images, got 1297"),
+        (["run", "digits", "--device", "tpu9"], r"expected a device such as cpu.*got 'tpu9'"),
+        (["run", "digits", "--device", "meta"], r"expected a device such as cpu.*got 'meta'"),
+        (["run", "digits", "--device", "cuda:99"], r"expected a device of this machine, got 'cuda:99'"),
+        (["run", "cifar10"], r"cifar10.*bitquorum data get cifar10"),
+        (["run", "digits", "data.name=imagenet"], r"expected the name of a data set, got 'imagenet'"),
+        (["evaluate", "digits"], r"expected the path, name or digest of a run in .*got 'digits'; there are none yet"),
+        (["show", ""], r"expected the path, name or digest of a run"),
+        (["publish", "digits", "out"], r"expected the path, name or digest of a run"),
+        (["data", "get", "cifar10", "--from", "missing"], r"cifar10: expected an archive or a folder, got missing"),
+        (["data", "get", "cifar"], r"expected the name of a data set, got 'cifar'.*cifar10"),
+        (["data", "get", "digits"], r"got 'digits', which is local"),
+        (
+            ["run", "digits", "trainer.epochs=1", "trainer.lr=1e9"],
+            r"expected a finite loss, got .*lower lr or set clip",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BITQUORUM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(cli._Bars, "advance", lambda *_, **__: None)
+    assert re.search(message, refused(capsys, monkeypatch, *arguments))
+
+
+def test_corrupt_files_and_foreign_folders_are_named(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    bad = tmp_path / "bad.toml"
+    bad.write_text("name = [")
+    assert "expected TOML in" in refused(capsys, monkeypatch, "run", str(bad))
+    message = refused(capsys, monkeypatch, "run", tiny, "--runs", tiny)
+    assert f"expected {tiny}" in message
+    folder = tmp_path / "runs"
+    stored = experiment.create(read(tiny), folder)
+    path = stored.path / "config.toml"
+    path.write_text(path.read_text()[:-20])
+    assert str(path) in refused(capsys, monkeypatch, "show", "tiny", "--runs", str(folder))
+    assert str(path) in refused(capsys, monkeypatch, "run", tiny, "--runs", str(folder))
+
+
+def test_a_bad_call_leaves_no_run_behind(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "runs"
+    for wrong in (["--device", "tpu"], ["trainer.epochs=0"]):
+        refused(capsys, monkeypatch, "run", tiny, *wrong, "--runs", str(folder))
+    assert not folder.exists()
+
+
+def test_a_failure_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    def broken() -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.main()
+    assert cli._advice(BitquorumError("do this")) == "do this"
+    assert cli._advice(OSError("no file named")) is None
+
+
+def test_a_locked_run_is_refused_by_another_process_and_loses_nothing(tiny: str, tmp_path: Path):
+    folder = tmp_path / "runs"
+    stored = experiment.create(read(tiny), folder)
+    with stored.lock():
+        process = start(["run", tiny, "--runs", str(folder), "--device", "cpu"])
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert re.fullmatch(r"error: expected .*tiny-.* to be free, got a run that another process works in; .*\n", err)
+    assert {path.name for path in stored.path.iterdir()} == {".lock", "config.toml"}
+
+
+def test_warnings_are_one_line_each(tiny: str, tmp_path: Path):
+    narrow = "arms.1.members.0.activation_law={type='logistic', scale=0.05, floor=0.01}"
+    process = start(["train", tiny, narrow, "--runs", str(tmp_path / "runs"), "--device", "cpu"])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = [line for line in err.splitlines() if not line.startswith("train ")]
+    assert lines
+    assert all(re.fullmatch(r"warning: .+ \(GradientMaskingWarning\)", line) for line in lines)
+
+
+def test_an_interrupt_exits_with_130_and_the_same_command_resumes(tiny: str, tmp_path: Path):
+    folder = tmp_path / "runs"
+    arguments = ["run", tiny, "trainer.epochs=10", "--runs", str(folder), "--device", "cpu"]
+    stored = Run(path=folder / experiment.create(read(tiny, ["trainer.epochs=10"]), folder).path.name)
+    log = stored.path / "arms" / "sq" / "train.jsonl"
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    while len(read_jsonl(log)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == f"interrupted; the same command resumes. The run lies in {stored.path}"
+    assert (log.parent / "checkpoint.safetensors").exists()
+    assert json.loads((stored.path / "environment.json").read_text())[-1]["ended"] == "interrupted"
+    before = len(read_jsonl(log))
+    assert 3 <= before < 40
+    text = call(*arguments)
+    assert "worst of these" in text
+    assert "train plain" not in text
+    assert [row["step"] for row in read_jsonl(log)] == list(range(1, 41))
+    whole = experiment.train(parse(stored.config()), tmp_path / "whole")
+    for name in ("weights.safetensors", "train.jsonl"):
+        assert (log.parent / name).read_bytes() == (whole.path / "arms" / "sq" / name).read_bytes()

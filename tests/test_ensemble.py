@@ -1,0 +1,324 @@
+"""Run ensembles with separate and with shared weights, and aggregate hand-made logits."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bitquorum import rng, zoo
+from bitquorum.convert import Policy, convert, quantizers
+from bitquorum.ensemble import (
+    Aggregation,
+    EmpirVote,
+    Ensemble,
+    MajorityVote,
+    MeanLogits,
+    MeanProbability,
+    classifier,
+    mean_log_probability,
+    share_weights,
+    votes,
+)
+from bitquorum.interface import InputError
+from bitquorum.layers import QuantLayer
+from bitquorum.quantizers import Deterministic, StochasticRounding
+from bitquorum.registry import decode, encode, registered
+
+NOISELESS = Policy(weight_law=Deterministic(), activation_law=Deterministic())
+ANY_RULE: Any = Aggregation
+AGGREGATIONS = {name: rule() for name, rule in registered(ANY_RULE).items()}
+
+
+def network(seed=0, norm="batch") -> Any:
+    with rng.torch_seed(seed):
+        return zoo.DigitsNet(width=4, norm=norm)(classes=3, shape=(1, 8, 8)).double().eval()
+
+
+MIXED = (Policy(weight_bits=2), Policy(weight_bits=4), None)
+
+
+def build(policies=MIXED, **options) -> Any:
+    return Ensemble.build([network(seed) for seed in range(len(policies))], policies, **options)
+
+
+def images(count=5):
+    return rng.uniform(6, torch.arange(count), 64).view(count, 1, 8, 8).double()
+
+
+def run(model, x, seeds: Any = 0, examples=None) -> Any:
+    with rng.draw(seeds, examples), torch.no_grad():
+        return model(x)
+
+
+def logits_of(*probabilities):
+    """Return logits [1, members, 1, classes] of the members' probabilities."""
+    return torch.tensor(probabilities).log()[None, :, None]
+
+
+def choices(*classes, count=4, strength=1.0):
+    """Return logits [1, members, 1, classes] of members that prefer the given classes."""
+    return strength * nn.functional.one_hot(torch.tensor(classes), count).float()[None, :, None]
+
+
+# Members
+
+
+def test_logits_have_draws_members_examples_and_classes():
+    ensemble, x = build(), images()
+    assert run(ensemble, x, [1, 2]).shape == (2, 3, 5, 3)
+    with torch.no_grad():
+        assert ensemble(x).shape == (1, 3, 5, 3)
+        assert not torch.equal(ensemble(x), ensemble(x))
+
+
+def test_each_draw_and_member_stands_for_itself():
+    ensemble, x = build(), images()
+    index = torch.tensor([8, 3, 1, 7, 2])
+    both = run(ensemble, x, [1, 2], index)
+    for row, seed in enumerate([1, 2]):
+        assert torch.allclose(both[row], run(ensemble, x, seed, index)[0], atol=1e-9)
+        for place, member in enumerate(ensemble.members):
+            assert torch.allclose(both[row, place], run(member, x, seed, index), atol=1e-9)
+    assert torch.equal(both[0, 2], both[1, 2])  # full precision
+    assert torch.equal(both[0, 2], network(2)(x))
+    assert not torch.equal(both[0, 0], both[1, 0])
+
+
+def test_members_of_one_network_draw_differently():
+    ensemble = Ensemble.build([network()] * 2, [Policy()] * 2)
+    addresses = [quantizer.address for _, quantizer in quantizers(ensemble)]
+    assert len(set(addresses)) == len(addresses)
+    assert all(address.startswith("members.") for address in addresses)
+    found = run(ensemble, images(), 3)[0]
+    assert not torch.equal(found[0], found[1])
+
+
+def test_noise_of_two_members_does_not_correlate():
+    policy = Policy(activation_bits=8, activation_law=StochasticRounding())
+    ensemble = Ensemble([convert(nn.Sequential(nn.ReLU()), policy) for _ in range(2)])
+    first, second = run(ensemble, torch.full((200, 50), 1.5 / 255 + 1.0), 0)[0]
+    assert abs(float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1])) < 5 / 100
+
+
+def test_an_ensemble_survives_pickle_copy_and_state():
+    ensemble, x = build(shared=True), images()
+    other = build(shared=True)
+    other.load_state_dict(ensemble.state_dict())
+    for twin in (pickle.loads(pickle.dumps(ensemble)), copy.deepcopy(ensemble), other):
+        assert torch.equal(run(twin, x, [4, 5]), run(ensemble, x, [4, 5]))
+
+
+def test_separate_members_have_nothing_in_common():
+    ensemble = build()
+    pointers = [{p.data_ptr() for p in member.parameters()} for member in ensemble.members]
+    assert not set.intersection(*pointers)
+
+
+def test_bad_ensembles_are_refused():
+    with pytest.raises(InputError, match="at least one member"):
+        Ensemble([])
+    with pytest.raises(InputError, match="at least one pass"):
+        Ensemble([nn.Linear(2, 2)], passes=0)
+    with pytest.raises(ValueError, match="zip"):
+        Ensemble.build([network()], [None, None])
+
+
+# Shared weights
+
+
+def test_gradients_of_all_members_reach_the_one_weight():
+    ensemble = build(shared=True)
+    weights = [layer(member).weight for member in ensemble.members]
+    assert weights[0] is weights[1] is weights[2]
+    with rng.draw(1):
+        losses = ensemble(images()).square().mean((0, 2, 3))
+    single = [torch.autograd.grad(loss, weights[0], retain_graph=True)[0] for loss in losses]
+    assert all(gradient.any() for gradient in single)
+    losses.sum().backward()
+    assert torch.allclose(weights[0].grad, torch.stack(single).sum(0), atol=1e-12)
+    stepped = weights[0].detach().clone()
+    torch.optim.SGD(ensemble.parameters(), lr=0.1).step()
+    assert not torch.equal(weights[2], stepped)
+
+
+def layer(member) -> Any:
+    inner = member.conv1
+    return inner.layer if isinstance(inner, QuantLayer) else inner
+
+
+def test_shared_members_keep_their_own_ranges_and_norms():
+    ensemble = build(shared=True)
+    first, second, full = ensemble.members
+    assert first.norm1.weight is not second.norm1.weight
+    assert first.norm1.running_mean is not full.norm1.running_mean
+    assert first.conv1.quantizer.log_step is not second.conv1.quantizer.log_step
+    assert first.conv1.layer.weight is second.conv1.layer.weight
+    names = [name for name, _ in ensemble.named_parameters() if name.endswith("conv2.weight")]
+    assert len(names) + sum("conv2.layer.weight" in name for name, _ in ensemble.named_parameters()) == 1
+
+
+def test_ranges_are_fitted_to_the_weights_that_are_shared():
+    ensemble = build(shared=True)
+    alone: Any = convert(network(0), Policy(weight_bits=4))
+    for name in ("conv1", "conv2", "classifier"):
+        found = ensemble.members[1].get_submodule(name).quantizer
+        assert torch.equal(found.log_step, alone.get_submodule(name).quantizer.log_step)
+
+
+def test_shared_biases_and_what_stays_apart():
+    members: Any = [network(0, norm="none"), convert(network(1, norm="none"), Policy())]
+    share_weights(members)
+    assert members[0].conv1.bias is members[1].conv1.layer.bias
+    assert members[0].classifier.weight is members[1].classifier.layer.weight
+
+
+def test_sharing_survives_a_copy_and_a_change_of_type():
+    ensemble = copy.deepcopy(build(shared=True)).float()
+    first, second, full = ensemble.members
+    assert first.conv1.layer.weight is second.conv1.layer.weight is full.conv1.weight
+    assert full.conv1.weight.dtype == torch.float32
+
+
+def test_different_architectures_cannot_share():
+    other = zoo.DigitsNet(width=6)(classes=3, shape=(1, 8, 8))
+    with pytest.raises(InputError, match="members of one architecture"):
+        Ensemble.build([network().float(), other], [Policy(), Policy()], shared=True)
+
+
+# Features
+
+
+@pytest.mark.parametrize("seeds", [1, [1, 2, 3]])
+def test_features_are_what_the_classifier_sees(seeds):
+    ensemble = build((Policy(), NOISELESS, None))
+    x = images()
+    outputs = run(ensemble.outputs, x, seeds)
+    draws = 1 if isinstance(seeds, int) else len(seeds)
+    assert torch.equal(outputs.logits, run(ensemble, x, seeds))
+    assert len(outputs.features) == 3
+    for place, (member, features) in enumerate(zip(ensemble.members, outputs.features, strict=True)):
+        assert features.shape == (draws * 5, 16)
+        head = classifier(member)
+        logits = run(head, features, seeds).unflatten(0, (draws, -1))
+        assert torch.allclose(logits, outputs.logits[:, place], atol=1e-9)
+    assert torch.equal(outputs.features[2][:5], network(2)[:-1](x))
+    assert not any(module._forward_pre_hooks for module in ensemble.modules())
+
+
+def test_features_carry_gradients():
+    ensemble = build((Policy(), None))
+    with rng.draw(0):
+        features = ensemble.outputs(images()).features
+    for member, z in zip(ensemble.members, features, strict=True):
+        (gradient,) = torch.autograd.grad(z.square().sum(), layer(member).weight)
+        assert gradient.any()
+
+
+def test_the_classifier_is_the_last_linear_layer():
+    member = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert classifier(member) is member[2]
+    quantized: Any = convert(member, Policy())
+    assert classifier(quantized) is quantized[2]
+    with pytest.raises(InputError, match="expected a member with a linear layer"):
+        classifier(nn.Sequential(nn.Conv2d(1, 1, 1)))
+
+
+# Aggregation
+
+
+@pytest.mark.parametrize("rule", AGGREGATIONS.values(), ids=AGGREGATIONS)
+def test_every_aggregation_keeps_its_contract(rule):
+    logits = torch.randn(4, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    scores = rule(logits)
+    assert scores.shape == (6, 5)
+    assert scores.dtype == torch.float64
+    assert torch.equal(rule(logits), scores)
+    assert pickle.loads(pickle.dumps(rule)) == rule == decode(Aggregation, encode(rule))
+    assert torch.allclose(rule(logits[torch.randperm(4)]), scores)  # draws have no order
+    assert torch.allclose(rule(logits[:, :, [3, 0]]), scores[[3, 0]])
+    same = rule(logits[:1, :1].expand(4, 3, -1, -1))
+    assert torch.equal(same.argmax(-1), logits[0, 0].argmax(-1))
+    if rule.differentiable:
+        (gradient,) = torch.autograd.grad(scores.square().sum(), logits)
+        assert gradient.isfinite().all()
+        assert (gradient != 0).all()
+
+
+def test_mean_probability_and_mean_logits():
+    logits = logits_of([0.7, 0.2, 0.1], [0.1, 0.3, 0.6])
+    assert MeanProbability()(logits)[0].exp().tolist() == pytest.approx([0.4, 0.25, 0.35])
+    root = [math.sqrt(a * b) for a, b in ((0.7, 0.1), (0.2, 0.3), (0.1, 0.6))]
+    assert MeanLogits()(logits)[0].exp().tolist() == pytest.approx([value / sum(root) for value in root])
+
+
+def test_mean_probability_is_stable_and_exact_for_one_view():
+    logits = torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]]])
+    assert mean_log_probability(logits)[0].tolist() == pytest.approx([-math.log(2)] * 2)
+    assert torch.equal(mean_log_probability(logits[:1]), logits[0].log_softmax(-1))
+
+
+def test_votes_count_draws_and_members():
+    logits = torch.cat([choices(0, 1, 1), choices(3, 1, 0)])
+    assert votes(logits)[0].tolist() == [2, 3, 0, 1]
+
+
+def test_a_majority_overrules_confidence_and_ties_go_to_the_mean_probability():
+    logits = choices(0, 0, 1)
+    logits[0, 2] *= 50
+    assert MajorityVote()(logits).argmax() == 0
+    assert MeanProbability()(logits).argmax() == 1
+    tied = choices(0, 0, 1, 1, 2)
+    tied[0, 3] *= 50
+    assert MajorityVote()(tied).argmax() == 1
+
+
+@pytest.mark.parametrize(
+    ("picks", "expected"),
+    [
+        ((0, 0, 1), 0),  # a majority against full precision
+        ((2, 2, 2), 2),
+        ((0, 1, 2), 2),  # three ways: full precision decides
+        ((0, 2, 2), 2),
+        ((0, 0, 1, 1, 2), 2),  # a tie for the first place, without the full-precision member's class
+        ((0, 0, 1, 1, 1), 1),
+        ((0, 0, 1, 1, 0), 0),
+        ((1, 0), 0),
+    ],
+)
+def test_empir_breaks_ties_by_full_precision(picks, expected):
+    assert EmpirVote()(choices(*picks)).argmax() == expected
+    reversed_order = choices(*reversed(picks))
+    assert EmpirVote(full_precision=0)(reversed_order).argmax() == expected
+
+
+def test_empir_sums_votes_over_draws():
+    logits = torch.cat([choices(0, 1, 2), choices(0, 1, 1), choices(1, 0, 2)])
+    assert votes(logits)[0].tolist() == [3, 4, 2, 0]
+    assert EmpirVote()(logits).argmax() == 1
+    tied = torch.cat([choices(0, 1, 2), choices(0, 1, 3)])
+    tied[1, 2] *= 3
+    assert EmpirVote()(tied).argmax() == 3  # the full-precision member's mean probability over draws
+
+
+def test_a_prediction_consumes_its_passes():
+    ensemble = Ensemble([nn.Linear(2, 2)], aggregation=MeanProbability(), passes=2)
+    logits = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])[:, None, None]
+    assert ensemble.predict(logits).tolist() == [[0], [1]]
+    ensemble = Ensemble([nn.Linear(2, 2)])
+    assert ensemble.predict(logits).tolist() == [[0], [1], [1], [0]]
+
+
+def test_more_passes_agree_more_often():
+    ensemble = build((Policy(weight_bits=1, activation_bits=1),) * 2, passes=1)
+    x = images(40)
+    logits = run(ensemble, x, list(range(64)))
+    spread = []
+    for passes in (1, 16):
+        ensemble.passes = passes
+        predicted = ensemble.predict(logits)
+        spread.append((predicted != predicted.mode(0).values).double().mean())
+    assert spread[1] < 0.7 * spread[0]

@@ -1,0 +1,465 @@
+"""Test that an experiment is stored whole, resumes to the same bits and never computes a thing twice."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitquorum import experiment as module
+from bitquorum.config import Arm, Experiment, parse
+from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import Evaluation
+from bitquorum.experiment import (
+    build,
+    create,
+    evaluate,
+    experiment_of,
+    progress_of,
+    restore_ensemble,
+    results,
+    run,
+    train,
+    training_images,
+)
+from bitquorum.files import load_tensors, read_jsonl, save_tensors
+from bitquorum.interface import DataError, InputError, Listener, MissingDataError
+from bitquorum.registry import encode, to_toml
+from bitquorum.store import Run
+from bitquorum.train import Trainer
+from bitquorum.zoo import DigitsNet, Linear
+
+TABLE: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "digits", "train": 60},
+    "trainer": {
+        "epochs": 1,
+        "batch_size": 10,
+        "lr": 0.05,
+        "ema": 0.9,
+        "augment": {"crop": 1},
+        "log_every": 2,
+        "calibration": 20,
+        "checkpoint_seconds": 0,
+    },
+    "evaluation": {
+        "epsilons": ["8/255", "32/255"],
+        "examples": 20,
+        "draws": 2,
+        "batch_size": 20,
+        "attacks": [{"type": "fgsm"}, {"type": "pgd", "steps": 2, "eot": 2}],
+    },
+    "arms": [
+        {"name": "vanilla", "network": {"type": "linear"}},
+        {
+            "name": "sq",
+            "network": {"type": "digitsnet", "width": 4},
+            "members": [{"weight_bits": 4, "activation_bits": 4}, {"weight_bits": 3, "activation_bits": 2}],
+            "objective": {"terms": [{"type": "member-cross-entropy"}, {"type": "conditional-mi", "weight": 0.1}]},
+        },
+    ],
+}
+TINY = parse(TABLE)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class StopError(Exception):
+    """End a work from its listener."""
+
+
+class Stopper(Listener):
+    """Raise at a chosen moment of a chosen task."""
+
+    def __init__(self, task: str, at: int) -> None:
+        self.task, self.at, self.now = task, at, ""
+
+    def begin(self, task: str, total: int) -> None:
+        self.now = task
+
+    def advance(self, done: int, note: str = "") -> None:
+        if self.now == self.task and done == self.at:
+            raise StopError
+
+
+class Steps(Listener):
+    """Remember the first step of a training that is reported."""
+
+    first = 0
+
+    def advance(self, done: int, note: str = "") -> None:
+        self.first = self.first or done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(TINY, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def copied(finished: Run, tmp_path: Path) -> Run:
+    target = tmp_path / "copied" / finished.path.name
+    shutil.copytree(finished.path, target)
+    return Run.open(target)
+
+
+def contents(stored: Run) -> dict[str, bytes]:
+    """Return all that a run computed; its environment also holds times."""
+    paths = sorted(path for path in stored.path.rglob("*") if path.is_file())
+    kept = {str(path.relative_to(stored.path)): path.read_bytes() for path in paths if path.suffix != ".json"}
+    return {name: content for name, content in kept.items() if not name.endswith((".lock", ".part"))}
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing was to be computed")
+
+
+def test_a_run_holds_config_weights_progress_outcomes_and_environment(finished: Run):
+    assert experiment_of(finished) == TINY
+    assert progress_of(finished) == "complete"
+    for arm in TINY.arms:
+        folder = finished.path / "arms" / arm.name
+        assert [row["step"] for row in read_jsonl(folder / "train.jsonl")] == [2, 4, 6]
+        assert {path.name for path in folder.iterdir()} == {"train.jsonl", "weights.safetensors"}
+    (row,) = finished.environments()
+    assert (row["work"], row["ended"]) == ("run", "done")
+
+
+def test_rows_state_the_accuracy_with_all_that_belongs_to_it(finished: Run):
+    rows = results(finished)
+    cells = [(row["attack"], round(row["epsilon"] * 255)) for row in rows if row["arm"] == "sq"]
+    names = ("FGSM", "EOT-PGD-2x2", "worst")
+    assert sorted(cells) == sorted([("clean", 0), *((name, epsilon) for name in names for epsilon in (8, 32))])
+    assert [row["arm"] for row in rows] == ["vanilla"] * 7 + ["sq"] * 7
+    passes = {"clean": 0, "FGSM": 1, "EOT-PGD-2x2": 4, "worst": 5}
+    for row in rows:
+        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+        assert (row["images"], row["draws"], row["split"]) == (20, 2, "test")
+        assert row["forward"] == row["backward"] == passes[row["attack"]]
+        assert row["largest_perturbation"] <= row["epsilon"] + 1e-6
+    found = {(row["arm"], row["attack"], row["epsilon"]): row["value"] for row in rows}
+    for (arm, attack, epsilon), value in found.items():
+        if attack == "worst":
+            assert value <= min(found[arm, name, epsilon] for name in names[:2])
+
+
+def test_stored_outcomes_give_the_stored_rows(finished: Run):
+    for path in finished.path.glob("evaluations/*/*/*.safetensors"):
+        tensors, facts = load_tensors(path)
+        (value,) = [
+            row["value"]
+            for row in results(finished)
+            if (row["arm"], row["attack"], row["epsilon"])
+            == (path.parent.name, facts["attack"], float(facts["epsilon"]))
+        ]
+        assert float(tensors["correct"].double().mean()) == pytest.approx(value, abs=1e-12)
+
+
+def test_again_computes_nothing(copied: Run, monkeypatch: pytest.MonkeyPatch):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Trainer, "__call__", fail)
+    monkeypatch.setattr(Evaluation, "__call__", fail)
+    monkeypatch.setattr(module, "load", fail)
+    root = copied.path.parent
+    assert run(TINY, root) == train(TINY, root) == copied
+    assert evaluate(copied, TINY.evaluation) == results(copied)
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_lost_rows_come_back_from_the_outcomes(copied: Run, finished: Run, monkeypatch: pytest.MonkeyPatch):
+    (path,) = copied.path.glob("evaluations/*/metrics.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    monkeypatch.setattr(Trainer, "__call__", fail)
+    monkeypatch.setattr("bitquorum.evaluate.judge", fail)
+    run(TINY, copied.path.parent)
+    assert contents(copied) == contents(finished)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished: Run, tmp_path: Path):
+    torch.manual_seed(123)  # the state of torch's generator is not the seed
+    train(TINY, tmp_path)
+    assert contents(run(TINY, tmp_path)) == contents(finished)
+    other = train(replace(TINY, seed=1), tmp_path)
+    assert other.path.name != finished.path.name
+    for arm in ("vanilla", "sq"):
+        name = f"arms/{arm}/weights.safetensors"
+        assert contents(other)[name] != contents(finished)[name]
+
+
+@pytest.mark.parametrize(
+    ("task", "at"),
+    [("train vanilla", 2), ("train sq", 2), ("train sq", 4), ("train sq", 6), ("attack vanilla", 2), ("attack sq", 5)],
+)
+def test_interrupted_work_resumes_to_the_same_bits(task: str, at: int, finished: Run, tmp_path: Path):
+    with pytest.raises(StopError):
+        run(TINY, tmp_path, listener=Stopper(task, at))
+    stored = create(TINY, tmp_path)
+    assert contents(stored) != contents(finished)
+    assert progress_of(stored) != "complete"
+    assert stored.environments()[-1]["ended"] == "interrupted"
+    run(TINY, tmp_path)
+    assert contents(stored) == contents(finished)
+
+
+def test_finished_cells_are_not_attacked_again(copied: Run, finished: Run, monkeypatch: pytest.MonkeyPatch):
+    (lost,) = copied.path.glob("evaluations/*/sq/FGSM@0.031373.safetensors")
+    lost.unlink()
+    (copied.path / lost.parent.parent / "metrics.jsonl").unlink()
+    attacked: list[str] = []
+    attack = Evaluation._attack
+
+    def spy(self: Evaluation, *arguments: Any) -> Any:
+        attacked.append(arguments[2].label)
+        return attack(self, *arguments)
+
+    monkeypatch.setattr(Evaluation, "_attack", spy)
+    run(TINY, copied.path.parent)
+    assert attacked == ["FGSM"]
+    assert contents(copied) == contents(finished)
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the process ended too early: {process.communicate()[0]}")
+        time.sleep(0.01)
+    pytest.fail("the process did not come that far")
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path):
+    longer = replace(TINY, trainer=replace(TINY.trainer, epochs=5))
+    whole = run(longer, tmp_path / "whole")
+    file = tmp_path / "longer.toml"
+    file.write_text(to_toml(encode(longer)))
+    command = ["-m", "bitquorum", "run", str(file), "--runs", str(tmp_path / "killed"), "--device", "cpu"]
+    process = start(command)
+    stored = Run(path=tmp_path / "killed" / whole.path.name)
+    log = stored.path / "arms" / "sq" / "train.jsonl"
+    wait_for(lambda: len(read_jsonl(log)) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (log.parent / "checkpoint.safetensors").exists()
+    assert not (log.parent / "weights.safetensors").exists()
+    assert not stored.environments()
+    step = read_jsonl(log)[-1]["step"]
+    trained = (stored.path / "arms" / "vanilla" / "weights.safetensors").stat().st_mtime_ns
+    heard = Steps()
+    run(longer, tmp_path / "killed", listener=heard)
+    assert 2 < heard.first <= step + 2
+    assert (stored.path / "arms" / "vanilla" / "weights.safetensors").stat().st_mtime_ns == trained
+    assert contents(stored) == contents(whole)
+
+
+def test_the_batch_size_of_an_evaluation_changes_nothing_but_rounding(copied: Run):
+    by_batch = [evaluate(copied, replace(TINY.evaluation, batch_size=size)) for size in (20, 7)]
+    for rows in zip(*by_batch, strict=True):
+        assert len({(row["arm"], row["attack"], row["epsilon"]) for row in rows}) == 1
+        limit = 0.0 if rows[0]["attack"] == "clean" else 1 / 20  # an ulp may turn the sign of a gradient near zero
+        assert max(row["value"] for row in rows) - min(row["value"] for row in rows) <= limit + 1e-12
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path):
+    arms = [arm | {"network": {"type": "digitsnet", "width": 4, "norm": "none"}} for arm in TABLE["arms"]]
+    chosen = parse(TABLE | {"arms": arms})
+    one = train(chosen, tmp_path / "one")
+    file = tmp_path / "two.toml"
+    file.write_text(to_toml(encode(chosen)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bitquorum"]
+    process = start([*launcher, "train", str(file), "--runs", str(tmp_path / "two"), "--device", "cpu"])
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    two = create(chosen, tmp_path / "two")
+    assert len(two.environments()) == 1
+    for arm in chosen.arms:
+        file = f"arms/{arm.name}/weights.safetensors"
+        ours, theirs = load_tensors(one.path / file)[0], load_tensors(two.path / file)[0]
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            torch.testing.assert_close(
+                theirs[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        assert len(read_jsonl(two.path / "arms" / arm.name / "train.jsonl")) == 3
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_corrupt_weights_are_named(copied: Run):
+    path = copied.path / "arms" / "sq" / "weights.safetensors"
+    cut(path)
+    other = replace(TINY.evaluation, draws=1)
+    with pytest.raises(DataError, match=r"corrupt.*restore or remove") as caught:
+        evaluate(copied, other)
+    assert str(path) in str(caught.value)
+    save_tensors(path, {"weight": torch.zeros(2)})
+    with pytest.raises(DataError, match=r"weights of arm 'sq'.*train again"):
+        evaluate(copied, other)
+    path.unlink()
+    with pytest.raises(DataError, match=r"expected trained weights.*got none"):
+        evaluate(copied, other)
+    assert progress_of(copied) == "1 of 2 arms trained"
+
+
+def test_removed_weights_are_trained_again_to_the_same_bits(copied: Run, finished: Run):
+    (copied.path / "arms" / "sq" / "weights.safetensors").unlink()
+    run(TINY, copied.path.parent)
+    assert contents(copied) == contents(finished)
+
+
+def test_a_corrupt_checkpoint_is_named_and_its_removal_begins_anew(finished: Run, tmp_path: Path):
+    with pytest.raises(StopError):
+        run(TINY, tmp_path, listener=Stopper("train sq", 4))
+    stored = create(TINY, tmp_path)
+    path = stored.path / "arms" / "sq" / "checkpoint.safetensors"
+    cut(path)
+    with pytest.raises(DataError, match=r"corrupt.*restore or remove") as caught:
+        run(TINY, tmp_path)
+    assert str(path) in str(caught.value)
+    path.unlink()
+    run(TINY, tmp_path)
+    assert contents(stored) == contents(finished)
+
+
+@pytest.mark.parametrize("pattern", ["evaluations/*/metrics.jsonl", "evaluations/*/sq/*PGD*.safetensors"])
+def test_corrupt_results_are_named(pattern: str, copied: Run):
+    path = sorted(copied.path.glob(pattern))[0]
+    if path.suffix == ".jsonl":
+        path.write_text("{]\n" + path.read_text())
+    else:
+        (path.parent.parent / "metrics.jsonl").unlink()
+        cut(path)
+    with pytest.raises(DataError, match="remove") as caught:
+        run(TINY, copied.path.parent)
+    assert str(path) in str(caught.value)
+
+
+def test_a_foreign_outcome_is_named(copied: Run):
+    path = sorted(copied.path.glob("evaluations/*/sq/FGSM*.safetensors"))[0]
+    (path.parent.parent / "metrics.jsonl").unlink()
+    save_tensors(path, {"other": torch.zeros(1)})
+    with pytest.raises(DataError, match="expected the outcome of an attack") as caught:
+        run(TINY, copied.path.parent)
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_of_another_version_is_named(copied: Run):
+    path = copied.path / "config.toml"
+    path.write_text("novelty = 1\n" + path.read_text())
+    with pytest.raises(DataError, match=r"config of this version.*novelty") as caught:
+        experiment_of(copied)
+    assert str(path) in str(caught.value)
+
+
+def test_another_evaluation_is_stored_apart(copied: Run, finished: Run):
+    other = replace(TINY.evaluation, draws=3, attacks=())
+    rows = evaluate(copied, other)
+    assert [(row["arm"], row["attack"], row["draws"]) for row in rows] == [("vanilla", "clean", 3), ("sq", "clean", 3)]
+    assert results(copied, other) == rows
+    assert results(copied) == results(finished)
+    assert len(list(copied.path.glob("evaluations/*/evaluation.toml"))) == 2
+    assert contents(finished).items() <= contents(copied).items()
+    assert copied.environments()[-1]["work"] == "evaluate"
+
+
+def test_training_and_then_evaluating_equals_a_run(finished: Run, tmp_path: Path):
+    stored = train(TINY, tmp_path)
+    assert progress_of(stored) == "trained"
+    assert results(stored) == []
+    assert evaluate(stored, TINY.evaluation) == results(finished)
+    assert contents(stored) == contents(finished)
+
+
+def test_a_published_run_holds_neither_weights_nor_outcomes(finished: Run, tmp_path: Path):
+    finished.publish(tmp_path / "results")
+    published = Run.open(tmp_path / "results")
+    assert {path.suffix for path in published.path.rglob("*") if path.is_file()} == {".toml", ".json", ".jsonl"}
+    assert results(published) == results(finished)
+    assert experiment_of(published) == TINY
+    assert published.environments() == finished.environments()
+
+
+def test_a_locked_run_is_left_alone(copied: Run):
+    (copied.path / "arms" / "sq" / "weights.safetensors").unlink()
+    before = contents(copied)
+    with copied.lock(), pytest.raises(InputError, match="another process works in"):
+        run(TINY, copied.path.parent)
+    assert contents(copied) == before
+
+
+def test_missing_data_are_said_to_be_missing(tmp_path: Path):
+    absent = replace(TINY, data=replace(TINY.data, name="cifar10"))
+    with pytest.raises(MissingDataError, match="bitquorum data get cifar10"):
+        run(absent, tmp_path / "runs", data_root=tmp_path / "data")
+    assert progress_of(create(absent, tmp_path / "runs")) == "0 of 2 arms trained"
+
+
+def test_arms_differ_in_nothing_but_what_they_name():
+    images = training_images(TINY, None)
+    assert torch.bincount(images.labels).tolist() == [6] * 10
+    arms = [
+        Arm(name=str(bits), network=DigitsNet(width=4), members=(policy,)) for bits, policy in enumerate(policies())
+    ]
+    built = [dict(build(TINY, arm, images).named_parameters()) for arm in arms]
+    weights = [[value for value in ensemble.values() if value.dim() == 4] for ensemble in built]
+    assert len(weights[0]) == 3
+    for others in weights[1:]:
+        assert all(torch.equal(mine, other) for mine, other in zip(weights[0], others, strict=True))
+    two = build(TINY, replace(arms[0], members=arms[0].members * 2), images)
+    first, second = (dict(member.named_parameters()) for member in two.members)
+    assert not torch.equal(first["conv1.weight"], second["conv1.weight"])
+
+
+def policies() -> list[Any]:
+    return [member for arm in TINY.arms for member in arm.members]
+
+
+def test_networks_normalize_by_the_training_images_if_asked():
+    images = training_images(TINY, None)
+    arm = Arm(name="a", network=Linear())
+    pixels = images.images[:3]
+
+    def first(experiment: Experiment) -> torch.Tensor:
+        ensemble = build(experiment, arm, images)
+        return ensemble(pixels)[0, 0]
+
+    def bare(ensemble: Ensemble, inputs: torch.Tensor) -> torch.Tensor:
+        (weight,) = (value for value in ensemble.parameters() if value.dim() == 2)
+        (bias,) = (value for value in ensemble.parameters() if value.dim() == 1)
+        return inputs.flatten(1) @ weight.T + bias
+
+    raw = replace(TINY, data=replace(TINY.data, normalize=False))
+    torch.testing.assert_close(first(raw), bare(build(raw, arm, images), pixels))
+    mean, std = images.images.mean(), images.images.std()
+    torch.testing.assert_close(first(TINY), bare(build(TINY, arm, images), (pixels - mean) / std), rtol=1e-3, atol=1e-3)
+
+
+def test_an_arm_may_bring_its_own_trainer(tmp_path: Path):
+    short = replace(TINY.trainer, batch_size=30)
+    chosen = replace(TINY, arms=(replace(TINY.arms[0], trainer=short), replace(TINY.arms[0], name="other")))
+    stored = train(chosen, tmp_path)
+    assert [len(read_jsonl(stored.path / "arms" / arm.name / "train.jsonl")) for arm in chosen.arms] == [1, 3]
+
+
+def test_restored_ensembles_predict_as_the_trained_ones(finished: Run):
+    images = training_images(TINY, None)
+    ensembles = [restore_ensemble(TINY, TINY.arms[0], images, finished) for _ in range(2)]
+    assert torch.equal(*(ensemble.eval()(images.images) for ensemble in ensembles))
+    assert not torch.equal(ensembles[0](images.images), build(TINY, TINY.arms[0], images)(images.images))

@@ -1,0 +1,383 @@
+"""Check the kernels against independent arithmetic, and compiled code against plain code."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+
+from bitquorum import kernels, rng
+from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
+from bitquorum.kernels import choice, layout, noise
+from bitquorum.quantizers import Gaussian, Logistic, Quantizer, StochasticRounding
+from bitquorum.quantizers import mean as sums
+
+LAWS = {"logistic": Logistic(), "gaussian": Gaussian(), "uniform": StochasticRounding()}
+SMOOTH = {"logistic": (17.0, 0.25), "gaussian": (5.5, 0.45)}
+needs_compiler = pytest.mark.skipif(not kernels.compiler_available(), reason="no C++ compiler, or no Python headers")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Leave the choice, the list of failed devices and the warnings given as they were."""
+    before, failed = kernels.mode(), choice._State.failed
+    yield
+    kernels.use(before)
+    choice._State.failed = failed
+    for cached in (choice._warn_once, kernels.compiler_available):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def compiled():
+    with kernels.use("compiled"):
+        yield
+    assert not choice._State.failed, "the compiler failed"
+
+
+def keys_of(rows: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+def values(*shape: int, top: int = 15, seed: int = 1) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * (top + 3) - 1.5
+
+
+def exact(z: torch.Tensor, law, top: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return slope and curvature by float64 sums over all thresholds, written anew."""
+    y = (z.double()[..., None] - torch.arange(top).double() - 0.5) / scale
+    if law == "logistic":
+        density = torch.sigmoid(y) * torch.sigmoid(-y)
+        return density.sum(-1) / scale, -(density * (y / 2).tanh()).sum(-1) / scale**2
+    density = torch.exp(-y.square() / 2) / (2 * torch.pi) ** 0.5
+    return density.sum(-1) / scale, -(density * y).sum(-1) / scale**2
+
+
+def mixed(value: int) -> int:
+    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0xD35A2D97), (15, 1)):
+        value = (value ^ (value >> shift)) * multiplier % 2**32
+    return value
+
+
+def number(key: int, element: int) -> float:
+    """Return a noise number by Python's unbounded integers."""
+    low, high = key % 2**32, key // 2**32 % 2**32
+    return ((mixed(mixed((element + low) % 2**32) ^ high) >> 9) + 0.5) / 2**23
+
+
+# Noise and draws
+
+
+@given(key=st.integers(-(2**63), 2**63 - 1), element=st.integers(0, 300))
+def test_noise_is_the_documented_integer_hash(key, element):
+    assert kernels.uniform(torch.tensor([key]), element + 1)[0, -1].item() == number(key, element)
+
+
+def test_noise_does_not_depend_on_blocks(monkeypatch):
+    keys = keys_of(5)
+    whole = kernels.uniform(keys, 1000)
+    monkeypatch.setattr(noise, "_BLOCK", 64)
+    assert torch.equal(kernels.uniform(keys, 1000), whole)
+    assert torch.equal(kernels.uniform(keys[::2], 1000), whole[::2])
+    assert whole[3, 999].item() == number(int(keys[3]), 999)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 37), (6, 3, 8, 9), (1, 5), (0, 5), (4, 0)])
+def test_draw_follows_its_law(law, dtype, shape, monkeypatch):
+    z, keys = values(*shape).to(dtype), keys_of(shape[0])
+    scale = getattr(LAWS[law], "scale", 1.0)
+    u = kernels.uniform(keys, z.shape[1:].numel()).view_as(z).to(dtype)
+    expected = (LAWS[law].sample(u, scale) + z).round().clamp(0, 15)
+    assert torch.equal(kernels.draw(keys, z, law=law, top=15, scale=scale), expected)
+    monkeypatch.setattr(noise, "_BLOCK", 16)
+    tensor_scale = torch.tensor(scale, dtype=dtype)
+    assert torch.equal(kernels.draw(keys, z, law=law, top=15, scale=tensor_scale), expected)
+
+
+def permuted(z: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors equal to `z` in other memory layouts: dense, with gaps, and with the batch innermost."""
+    gaps = torch.zeros(*z.shape, 2)
+    gaps[..., 0] = z
+    return [
+        z.to(memory_format=torch.channels_last),
+        z.transpose(1, 3).contiguous().transpose(1, 3),
+        gaps[..., 0],
+        z.movedim(0, -1).contiguous().movedim(-1, 0),
+    ]
+
+
+def test_layout_changes_no_result():
+    z, keys = values(4, 3, 5, 7), keys_of(4)
+    codes = kernels.draw(keys, z, law="logistic", top=15, scale=0.25)
+    slope = kernels.slope(z, law="logistic", top=15, scale=0.25)
+    for other in permuted(z):
+        assert torch.equal(kernels.draw(keys, other, law="logistic", top=15, scale=0.25), codes)
+        assert torch.equal(kernels.slope(other, law="logistic", top=15, scale=0.25), slope)
+
+
+def test_dense_layouts_are_kept_and_not_copied():
+    z = values(4, 3, 5, 7).to(memory_format=torch.channels_last)
+    assert layout.flatten(z, 1).data_ptr() == z.data_ptr() == layout.flatten(z).data_ptr()
+    assert kernels.draw(keys_of(4), z, law="logistic", top=15, scale=0.25).stride() == z.stride()
+    for result in kernels.slope_and_curvature(z, law="gaussian", top=15, scale=0.45):
+        assert result.stride() == z.stride()
+
+
+def test_results_carry_no_graph_and_leave_the_input_alone():
+    z = values(4, 9).requires_grad_()
+    before = z.detach().clone()
+    results = [
+        kernels.draw(keys_of(4), z, law="gaussian", top=15, scale=0.45),
+        kernels.slope(z, law="logistic", top=15, scale=0.25),
+        *kernels.slope_and_curvature(z, law="gaussian", top=255, scale=0.45),
+    ]
+    assert not any(result.requires_grad for result in results)
+    assert torch.equal(z.detach(), before)
+
+
+def test_normal_quantile_is_that_of_torch():
+    u = torch.cat([kernels.uniform(keys_of(1), 10**5)[0], torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24])])
+    expected = torch.special.ndtri(u.double())
+    error = (noise._probit(u).double() - expected).abs()
+    assert float((error / (1 + expected.abs())).max()) < 1e-6
+
+
+# Slope and curvature
+
+
+@pytest.mark.parametrize("law", SMOOTH)
+@pytest.mark.parametrize("top", [1, 3, 7, 15, 31, 255])
+@pytest.mark.parametrize("width", [0.4, 1.0, 4.0])
+def test_slope_and_curvature_equal_sums_over_all_thresholds(law, top, width):
+    scale = SMOOTH[law][1] * width
+    z = torch.linspace(-6, top + 6, 4001)
+    first, second = kernels.slope_and_curvature(z, law=law, top=top, scale=scale)
+    expected = exact(z, law, top, scale)
+    # The argument of the exponential is rounded: eps times its largest value, times the derivative.
+    tolerance = 6e-8 * max(top, 26 * scale) / scale
+    torch.testing.assert_close(first.double(), expected[0], rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(second.double(), expected[1], rtol=tolerance, atol=tolerance / scale**2)
+    torch.testing.assert_close(kernels.slope(z, law=law, top=top, scale=scale), first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("law", SMOOTH)
+@pytest.mark.parametrize("top", [1, 15, 255])
+def test_tails_are_exact_to_rounding(law, top):
+    reach, scale = SMOOTH[law]
+    away = torch.linspace(0, 0.6 * reach * scale, 301)
+    for z in (-away, top + away):
+        results = kernels.slope_and_curvature(z, law=law, top=top, scale=scale)
+        for result, expected in zip(results, exact(z, law, top, scale), strict=True):
+            torch.testing.assert_close(result.double(), expected, rtol=5e-5, atol=2e-12)
+
+
+@pytest.mark.parametrize("law", SMOOTH)
+@pytest.mark.parametrize("top", [2, 15, 255])
+def test_slope_is_even_and_curvature_odd_about_the_centre(law, top):
+    z = torch.arange(0, top + 0.125, 0.125)
+    first, second = kernels.slope_and_curvature(z, law=law, top=top, scale=0.5)
+    assert torch.equal(first, first.flip(0))
+    assert torch.equal(second, -second.flip(0))
+
+
+@pytest.mark.parametrize("law", SMOOTH)
+@pytest.mark.parametrize("top", [1, 15, 255])
+def test_infinite_and_missing_values(law, top):
+    z = torch.tensor([float("inf"), -float("inf"), 1e30, -1e30, float("nan")])
+    for result in kernels.slope_and_curvature(z, law=law, top=top, scale=0.25):
+        assert bool((result[:4].abs() < 1e-9).all())
+        assert bool(result[4].isnan())
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2)])
+def test_odd_shapes(shape):
+    z = torch.ones(shape)
+    assert kernels.slope(z, law="logistic", top=3, scale=0.25).shape == shape
+    assert [r.shape for r in kernels.slope_and_curvature(z, law="gaussian", top=3, scale=0.45)] == [shape] * 2
+
+
+def test_blocks_change_no_result(monkeypatch):
+    z = values(7, 31)
+    whole = kernels.slope_and_curvature(z, law="logistic", top=31, scale=0.25)
+    monkeypatch.setattr(layout, "BLOCK", 16)
+    for result, expected in zip(kernels.slope_and_curvature(z, law="logistic", top=31, scale=0.25), whole, strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("scale", [0.004, 0.02, 0.05, 0.08, 0.2, 3.0])
+@pytest.mark.parametrize("top", [1, 7, 15, 255])
+def test_every_noise_scale_gives_a_finite_slope(scale, top):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradientMaskingWarning)
+        law = Logistic(scale=scale)
+    z = torch.linspace(-3, top + 3, 2001)
+    expected = exact(z, "logistic", top, scale)
+    for result, known in zip(sums.slope_and_curvature(z, top, law, scale), expected, strict=True):
+        assert bool(result.isfinite().all())
+        scaled = result.double() - known
+        assert float(scaled.abs().max()) < 1e-6 * max(top, 1 / scale) * float(known.abs().max().clamp(min=1))
+
+
+def test_narrow_logistic_noise_is_refused():
+    assert kernels.fits("logistic", 255, 0.25)
+    assert not kernels.fits("logistic", 3, 0.01)
+    assert kernels.fits("gaussian", 3, 0.01)
+
+
+# The choice
+
+
+def test_plain_code_is_the_default():
+    assert kernels.mode() == "eager"
+
+
+@needs_compiler
+def test_use_holds_from_the_call_on_and_restores_after_a_block():
+    kernels.use("compiled")
+    assert kernels.mode() == "compiled"
+    with kernels.use("eager"):
+        assert kernels.mode() == "eager"
+    assert kernels.mode() == "compiled"
+    with pytest.raises(KeyError), kernels.use("eager"):
+        raise KeyError
+    assert kernels.mode() == "compiled"
+
+
+def test_unknown_choice_is_an_error():
+    with pytest.raises(InputError, match="expected kernels among eager, compiled, got 'fast'"):
+        inspect.unwrap(kernels.use)("fast")  # below the type checks of the tests
+
+
+def test_without_a_compiler_it_warns_once_and_stays_plain(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    kernels.compiler_available.cache_clear()
+    assert not kernels.compiler_available()
+    with pytest.warns(NoEffectWarning, match=r"no C\+\+ compiler was found"), kernels.use("compiled"):
+        assert kernels.mode() == "eager"
+    kernels.use("compiled")  # a second warning would be an error
+    assert kernels.mode() == "eager"
+
+
+def test_a_compiler_named_in_the_environment_must_exist(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    kernels.compiler_available.cache_clear()
+    assert not kernels.compiler_available()
+    assert not kernels.compiler_available("meta")
+
+
+def test_a_failing_compiler_leaves_the_results_right(monkeypatch):
+    def fail(*tensors):
+        raise TorchDynamoException("no space left")
+
+    monkeypatch.setattr(choice, "compiler_available", lambda device="cpu": device == "cpu")
+    monkeypatch.setattr(choice, "_compile", lambda kernel, constants: fail)
+    z, keys = values(4, 9), keys_of(4)
+    expected = kernels.draw(keys, z, law="logistic", top=15, scale=0.25)
+    kernels.use("compiled")
+    with pytest.warns(NoEffectWarning, match=r"the compiler failed \(no space left\)"):
+        assert torch.equal(kernels.draw(keys, z, law="logistic", top=15, scale=0.25), expected)
+    kernels.slope(z, law="logistic", top=15, scale=0.25)  # neither tries nor warns again
+
+
+def test_compiled_code_takes_float32_on_known_devices_alone(monkeypatch):
+    monkeypatch.setattr(choice, "compiler_available", lambda device="cpu": device == "cpu")
+    kernels.use("compiled")
+    assert choice.applies(torch.zeros(2))
+    assert not choice.applies(torch.zeros(2, dtype=torch.float64))
+    assert not choice.applies(torch.zeros(2, dtype=torch.bfloat16))
+    assert not choice.applies(torch.zeros(0))
+    assert not choice.applies(torch.zeros(2, device="meta"))
+    kernels.use("eager")
+    assert not choice.applies(torch.zeros(2))
+
+
+# Compiled code: three small kernels
+
+
+@needs_compiler
+def test_compiled_noise_has_the_same_bits(compiled):
+    halves = noise._halves(keys_of(7))
+    for count in (2, 16, 1003):
+        counter = torch.arange(count, dtype=torch.int32)
+        assert torch.equal(choice.call(noise._uniform, halves, counter), noise._uniform(halves, counter))
+
+
+@needs_compiler
+def test_compiled_draw_equals_plain_draw(compiled):
+    z, keys = values(64, 3, 41, 41, top=3), keys_of(64)
+    arguments = {"law": "logistic", "top": 3, "scale": 0.25}
+    codes = kernels.draw(keys, z, **arguments)
+    with kernels.use("eager"):
+        plain = kernels.draw(keys, z, **arguments)
+    assert float((codes != plain).float().mean()) < 1e-5
+    assert torch.equal(kernels.draw(keys, z, **arguments), codes)
+    channels_last = z.to(memory_format=torch.channels_last)
+    assert torch.equal(kernels.draw(keys, channels_last, **arguments), codes)
+    # Another range, scale, batch or layout takes the same kernel; float64 takes the plain one.
+    graphs = counters["stats"]["unique_graphs"]
+    wider = kernels.draw(keys, 5 * z, law="logistic", top=15, scale=torch.tensor(0.5))
+    double = kernels.draw(keys, 5 * z.double(), law="logistic", top=15, scale=0.5)
+    assert float((wider != double).float().mean()) < 1e-5
+    assert double.dtype == torch.float64
+    for other in (z[:1], z[:9, :, ::2], channels_last[3:5]):
+        kernels.draw(keys[: len(other)], other, **arguments)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@needs_compiler
+def test_compiled_draw_does_not_depend_on_the_batch(compiled):
+    z, keys = values(33, 67), keys_of(33)
+    arguments = {"law": "logistic", "top": 15, "scale": 0.25}
+    codes = kernels.draw(keys, z, **arguments)
+    shuffled = torch.randperm(33)
+    assert torch.equal(kernels.draw(keys[shuffled], z[shuffled], **arguments), codes[shuffled])
+    assert torch.equal(kernels.draw(keys[5:7], z[5:7], **arguments), codes[5:7])
+    assert torch.equal(kernels.draw(keys[8:9], z[8:9], **arguments), codes[8:9])
+    for count in (2, 15, 16, 17):
+        assert torch.equal(kernels.draw(keys, z[:, :count], **arguments), codes[:, :count])
+
+
+@needs_compiler
+def test_compiled_quantizer_equals_plain_quantizer(compiled):
+    quantizer = Quantizer(2, high=3.0)
+    results = []
+    for mode in ("compiled", "eager"):
+        x = values(19, 2, 5, 7, top=3).requires_grad_()
+        with kernels.use(mode), rng.draw([4, 5]):
+            out = quantizer(torch.cat([x, x]))
+            (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        results.append((out.detach(), gradient.detach(), second))
+    (out, gradient, second), plain = results
+    assert torch.equal(out, plain[0])
+    torch.testing.assert_close(gradient, plain[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second, plain[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("law", SMOOTH)
+@pytest.mark.parametrize("top", [1, 15, 255])
+def test_every_compiled_kernel_equals_its_plain_twin(compiled, law, top):
+    z, keys, scale = values(50, 3, 41, 41, top=top), keys_of(50), SMOOTH[law][1]
+    compiled_results = [
+        kernels.slope(z, law=law, top=top, scale=scale),
+        *kernels.slope_and_curvature(z, law=law, top=top, scale=scale),
+    ]
+    codes = kernels.draw(keys, z, law=law, top=top, scale=scale)
+    with kernels.use("eager"):
+        plain = kernels.draw(keys, z, law=law, top=top, scale=scale)
+        plain_results = [
+            kernels.slope(z, law=law, top=top, scale=scale),
+            *kernels.slope_and_curvature(z, law=law, top=top, scale=scale),
+        ]
+    assert float((codes != plain).float().mean()) < 1e-5
+    for result, expected in zip(compiled_results, plain_results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-5)

@@ -1,0 +1,109 @@
+"""Test that the pages say what is: examples run, commands exist, and no figure of a table is typed by hand."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from bitquorum import cli
+from bitquorum.config import read
+from bitquorum.files import read_jsonl
+from bitquorum.report import comparison
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", re.S)
+TABLES = [(page, *match) for page, text in PAGES.items() for match in RESULTS.findall(text)]
+
+
+def commands() -> list[list[str]]:
+    """Return the arguments of every call of `bitquorum` in a shell block, also below a launcher."""
+    found = []
+    for text in PAGES.values():
+        for language, block in FENCE.findall(text):
+            if language not in ("sh", "console"):
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                called = words[:1] == ["bitquorum"] or words[:1] == ["torchrun"]
+                if called and "bitquorum" in words:
+                    found.append(words[words.index("bitquorum") + 1 :])
+    return found
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 100
+
+
+def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for language, block in FENCE.findall(README) if language == "python"]
+    assert blocks
+    names: dict[str, object] = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_readme_shows_the_command_line():
+    assert any(arguments[:1] == ["run"] for arguments in commands())
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=shlex.join)
+def test_every_command_of_the_pages_is_understood(arguments: list[str]):
+    command = get_command(cli.app)
+    context = command.make_context("bitquorum", list(arguments[:1]), resilient_parsing=True)
+    name, words = arguments[0], arguments[1:]
+    while hasattr(command, "get_command"):
+        command = command.get_command(context, name)  # type: ignore[attr-defined]
+        assert command is not None, f"bitquorum has no command {name}"
+        if hasattr(command, "get_command"):
+            name, *words = words
+    parsed = command.make_context(name, list(words)).params
+    if name in ("run", "train"):
+        source = str(parsed["source"])
+        read("digits" if source.endswith(".toml") else source, parsed["overrides"] or [])
+
+
+def test_every_make_target_of_the_pages_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = {name for text in PAGES.values() for name in re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)}
+    assert named
+    assert named <= targets
+
+
+def test_the_readme_shows_measured_results():
+    assert [table for table in TABLES if table[0] == "README.md"], "expected a table between results markers, got none"
+
+
+@pytest.mark.parametrize(("page", "folder", "shown"), TABLES, ids=[f"{table[0]}:{table[1]}" for table in TABLES])
+def test_tables_of_results_are_what_the_stored_rows_render(page: str, folder: str, shown: str):
+    paths = sorted((ROOT / folder).glob("evaluations/*/metrics.jsonl"))
+    assert paths, f"{page} shows results of {folder}, which holds none"
+    expected = comparison([row for path in paths for row in read_jsonl(path)]).markdown()
+    assert shown.strip() == expected, f"{page}: replace the table of {folder} by:\n{expected}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_named_files_exist(page: str):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert target.startswith("https://") or (folder / target).exists(), target
+    for path in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.-]+)`", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_architecture_page_shows_the_layers_that_the_linter_holds():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
+    held = [[name.strip() for name in layer.split("|")] for layer in table["layers"]]
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", PAGES["docs/architecture.md"], re.M)
+    shown = [[name.removesuffix("/") for name in re.findall(r"`([\w/]+)`", modules)] for _, modules in rows]
+    assert shown == held
+    assert [int(level) for level, _ in rows] == list(range(len(held), 0, -1))

@@ -1,0 +1,120 @@
+"""Test that tables lay rows out as they are, without computing or inventing anything."""
+
+import ast
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bitquorum
+from bitquorum.report import Table, comparison, environments
+from bitquorum.report.tables import epsilon_label
+
+
+def row(arm: str, attack: str, epsilon: float, value: float, **more: Any) -> dict[str, Any]:
+    facts = {"members": "fp", "low": value - 0.1, "high": value + 0.1, "images": 200, "draws": 20}
+    return {"arm": arm, "attack": attack, "epsilon": epsilon, "value": value} | facts | more
+
+
+ROWS = [
+    row("plain", "clean", 0.0, 0.9, low=0.85, high=0.9349),
+    row("plain", "PGD-20", 8 / 255, 0.25),
+    row("plain", "worst", 8 / 255, 0.2),
+    row("plain", "PGD-20", 2 / 255, 0.5),
+    row("plain", "worst", 2 / 255, 0.45),
+    row("noisy", "clean", 0.0, 0.8, members="w4a4 w3a3"),
+    row("noisy", "PGD-20", 2 / 255, 0.6, members="w4a4 w3a3"),
+    row("noisy", "worst", 2 / 255, 0.55, members="w4a4 w3a3"),
+]
+
+
+def test_attacks_run_down_and_arms_side_by_side():
+    table = comparison(ROWS)
+    assert table.header == ("epsilon", "attack", "plain (fp)", "noisy (w4a4 w3a3)")
+    assert table.rows == (
+        ("0", "clean", "90.0 [85.0, 93.5]", "80.0 [70.0, 90.0]"),
+        ("2/255", "PGD-20", "50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]"),
+        ("2/255", "worst of these", "45.0 [35.0, 55.0]", "55.0 [45.0, 65.0]"),
+        ("8/255", "PGD-20", "25.0 [15.0, 35.0]", "-"),
+        ("8/255", "worst of these", "20.0 [10.0, 30.0]", "-"),
+    )
+
+
+def test_the_worst_case_closes_each_epsilon_whatever_the_order_of_the_rows():
+    for seed in range(20):
+        shuffled = random.Random(seed).sample(ROWS, len(ROWS))
+        body = comparison(shuffled).rows
+        assert [line[0] for line in body] == ["0", "2/255", "2/255", "8/255", "8/255"]
+        assert [line[1] for line in body][2::2] == ["worst of these"] * 2
+
+
+def test_columns_keep_the_order_in_which_the_arms_were_run():
+    assert comparison(ROWS[::-1]).header[2:] == ("noisy (w4a4 w3a3)", "plain (fp)")
+
+
+def test_the_note_states_images_draws_and_intervals():
+    note = comparison(ROWS).note
+    assert "200 test images and 20 fresh draws" in note
+    assert "95 % intervals" in note
+    mixed = comparison([*ROWS, row("third", "clean", 0.0, 0.5, images=50, draws=1)]).note
+    assert "50 or 200 test images and 1 or 20 fresh draws" in mixed
+
+
+def test_rows_are_left_as_they_were():
+    before = [dict(item) for item in ROWS]
+    comparison(ROWS)
+    assert before == ROWS
+
+
+def test_markdown():
+    table = Table(header=("a", "bc"), rows=(("1", "2 [3, 4]"), ("-", "")), note="unseen")
+    assert table.markdown() == "| a | bc |\n|---|---|\n| 1 | 2 [3, 4] |\n| - |  |"
+    assert comparison(ROWS).markdown().splitlines()[2] == "| 0 | clean | 90.0 [85.0, 93.5] | 80.0 [70.0, 90.0] |"
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "label"),
+    [
+        (1 / 255, "1/255"),
+        (8 / 255, "8/255"),
+        (1.0, "255/255"),
+        (0.1, "0.1"),
+        (0.0314, "0.0314"),
+        (0.5 / 255, "0.00196078"),
+    ],
+)
+def test_epsilons_are_written_as_in_the_field(epsilon: float, label: str):
+    assert epsilon_label(epsilon) == label
+
+
+def session(seconds: float, model: str = "a CPU", devices: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "cpu": {"model": model},
+        "cuda": {"devices": [{"name": name} for name in devices]},
+        "threads": {"intra_op": 2},
+        "versions": {"torch": "2.6", "bitquorum": "0.1.0"},
+    }
+
+
+def test_sessions_of_work_add_up():
+    text = environments([session(30), session(60)])
+    assert text == "1.5 minutes on a CPU, 2 threads, torch 2.6, bitquorum 0.1.0"
+    assert environments([session(6, devices=("a GPU",))]).startswith("0.1 minutes on a GPU")
+    assert environments([]) == "no work recorded"
+
+
+def test_every_hardware_that_worked_is_named():
+    assert environments([session(60, devices=("a GPU",)), session(60)]).startswith("2.0 minutes on a GPU and a CPU,")
+
+
+def test_reports_import_nothing_that_computes():
+    folder = Path(bitquorum.__file__).parent / "report"
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] != "torch", path
+                assert not name.startswith("bitquorum.") or name.startswith("bitquorum.report"), path
