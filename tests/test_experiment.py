@@ -243,7 +243,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
 
 
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path):
-    longer = replace(TINY, trainer=replace(TINY.trainer, epochs=5))
+    longer = replace(TINY, trainer=replace(TINY.trainer, epochs=4))
     whole = run(longer, tmp_path / "whole")
     file = tmp_path / "longer.toml"
     file.write_text(to_toml(encode(longer)))

@@ -57,8 +57,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     body = []
     for epsilon, attack in keys:
         cells = [_percent(found.get((arm, epsilon, attack))) for arm in arms]
-        name = "worst of these" if attack == "worst" else attack
-        body.append((epsilon_label(epsilon) if epsilon else "0", name, *cells))
+        body.append((epsilon_label(epsilon) if epsilon else "0", attack, *cells))
     images = sorted({row["images"] for row in rows})
     draws = sorted({row["draws"] for row in rows})
     note = (
@@ -66,8 +65,8 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
         "fresh draws that no attack saw, with 95 % intervals over images and draws. "
         "Epsilon: radius in the maximum norm. Worst: least accuracy per image over the attacks of the same epsilon."
     )
-    header = ("epsilon", "attack", *(f"{arm} ({members[arm]})" for arm in arms))
-    return Table(header=header, rows=tuple(body), note=note)
+    precisions = ("", "members", *(members[arm] for arm in arms))
+    return Table(header=("epsilon", "attack", *arms), rows=(precisions, *body), note=note)
 
 
 def environments(rows: Sequence[dict[str, Any]]) -> str:
@@ -86,4 +85,5 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
 def _percent(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    digits = 0 if row["images"] < 1000 else 1  # of the bounds: no more than the interval's width warrants
+    return f"{100 * row['value']:.1f} [{100 * row['low']:.{digits}f}, {100 * row['high']:.{digits}f}]"
