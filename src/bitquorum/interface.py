@@ -1,7 +1,7 @@
 """Define the errors, warnings, value types and protocols that the other modules share."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -44,6 +44,7 @@ class Method:
     """
 
 
+@runtime_checkable
 class Model(Protocol):
     """Describe what an attack sees: a callable from images to logits, random only through `rng.draw`.
 

@@ -11,6 +11,7 @@ Files are replaced as a whole or grow by whole rows; a row cut by a kill is drop
 import fcntl
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -120,10 +121,23 @@ class Run:
             raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
 
     def publish(self, target: Path | str) -> None:
-        """Copy config, environment, training rows and metrics to a folder: no weights, no per-image outcomes."""
+        """Copy config, environment, training rows and metrics to a folder: no weights, no per-image outcomes.
+
+        What an earlier run left there is removed.
+
+        Raises:
+            InputError: if the folder holds something else than a published run.
+        """
+        target = Path(target)
+        if target.exists() and any(target.iterdir()):
+            if not (target / "config.toml").is_file():
+                raise InputError(
+                    f"expected a new folder or a published run at {target}, got other files; choose another"
+                )
+            shutil.rmtree(target)
         for path in sorted(self.path.rglob("*")):
             if path.suffix in (".toml", ".json", ".jsonl"):
-                atomic_write(Path(target) / path.relative_to(self.path), path.read_bytes())
+                atomic_write(target / path.relative_to(self.path), path.read_bytes())
 
     def folder(self, *parts: str) -> Path:
         """Return a folder inside the run, made when it is missing.

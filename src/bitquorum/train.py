@@ -25,7 +25,7 @@ from bitquorum.convert import calibrate
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
-from bitquorum.interface import BitquorumError, InputError, Method
+from bitquorum.interface import BitquorumError, DataError, InputError, Method
 from bitquorum.objective import Objective, Reduce, Step
 from bitquorum.quantizers import Quantizer
 
@@ -328,7 +328,18 @@ class _Training:
 
     def _load(self, path: Path) -> None:
         state, metadata = load_tensors(path, str(self.device))
-        counts = json.loads(metadata["state"])
+        try:
+            counts = json.loads(metadata["state"])
+            self._accept(path, state, counts)
+        except (KeyError, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"expected a checkpoint of this training at {path}, got another file ({reason}); remove it"
+            ) from error
+
+    def _accept(self, path: Path, state: dict[str, Tensor], counts: dict[str, int]) -> None:
         if (counts["steps"], counts["seed"]) != (self.steps, self.seed):
             raise InputError(
                 f"{path}: expected a checkpoint of a training of {self.steps} steps with seed {self.seed}, got "

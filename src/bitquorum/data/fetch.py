@@ -110,7 +110,7 @@ def install(
     except OSError as error:
         raise DataError(
             f"{source.name}: expected to read the origin and to write {folder}, got {error}; "
-            "choose another folder by $BITQUORUM_DATA or `--root`"
+            "choose another folder by $BITQUORUM_DATA or `--data`"
         ) from error
     finally:
         with suppress(OSError):  # only an empty folder goes, what a failure would leave

@@ -26,7 +26,8 @@ class Quantizer(nn.Module):
     $E[Q(x) \mid x]$ in $x$, with an exact second derivative. Learned parameters get these gradients: the step through
     the drawn code plus through $z$ (its expectation is the gradient of the mean), scaled by
     $1 / \sqrt{n (2^b - 1)}$ as in LSQ (Esser et al., 2020, https://arxiv.org/abs/1902.08153, section 2.2); the noise
-    scale through the mean. The step is stored as a logarithm, which LSQ does not do.
+    scale through the mean. Deviations from LSQ: the step is stored as a logarithm, and $n$
+    counts the elements of the whole batch, not of one example.
 
     Reference: Louizos et al., 2019, https://arxiv.org/abs/1810.01875, eqs. 2-5, for the logistic law. The gradient of
     the closed-form mean beside a hard forward pass is our choice.
@@ -246,7 +247,7 @@ class Quantizer(nn.Module):
 
     def _draw(self, z: Tensor, noise: Tensor | None) -> Tensor:
         if not self.law.stochastic:
-            return z.round().clamp(0, self.top)
+            return z.round().clamp_(0, self.top)
         scale = self.scale()
         scale = scale.detach() if isinstance(scale, Tensor) else scale
         name = LAWS.get(type(self.law))
