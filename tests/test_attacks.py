@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitquorum import rng
 from bitquorum.attacks import FGSM, PGD, Attack, Loss, Pooling, pooled_loss
 from bitquorum.attacks.base import check_choices, check_inputs, loss_gradient, loss_value
-from bitquorum.convert import Policy
+from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.geometry import linf, project_linf, random_linf
 from bitquorum.interface import Cost, InputError, Model

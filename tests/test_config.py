@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitquorum.config import Arm, DataChoice, Experiment, parse, presets, read
-from bitquorum.convert import Policy
+from bitquorum.conversion import Policy
 from bitquorum.interface import ConfigError, InputError
 from bitquorum.objective import InputGradient
 from bitquorum.quantizers import Deterministic, Gaussian, Logistic

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitquorum import rng, zoo
-from bitquorum.convert import Policy, convert, quantizers
+from bitquorum.conversion import Policy, convert, quantizers
 from bitquorum.ensemble import (
     Aggregation,
     EmpirVote,

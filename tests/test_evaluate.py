@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitquorum import rng
 from bitquorum.attacks import FGSM, PGD
-from bitquorum.convert import Policy
+from bitquorum.conversion import Policy
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble, MajorityVote
 from bitquorum.evaluate import CLEAN, WORST, Cell, Evaluation, interval, judge, worst

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitquorum import rng
 from bitquorum.attacks import FGSM, PGD, Attack
-from bitquorum.convert import Policy, convert
+from bitquorum.conversion import Policy, convert
 from bitquorum.ensemble import Ensemble
 from bitquorum.information import (
     conditional_mutual_information,

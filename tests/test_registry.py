@@ -146,7 +146,7 @@ def test_every_method_of_the_quantizers_is_its_own_table():
         law = decode(Law, {"type": name})
         assert decode(Law, encode(law)) == law
     surrogate = Surrogate(backward="gumbel", width=2.0)
-    assert encode(surrogate) == {"type": "surrogate", "backward": "gumbel", "width": 2.0, "temperature": 0.5}
+    assert encode(surrogate) == {"type": "surrogate", "backward": "gumbel", "width": 2.0}
 
 
 def test_the_form_of_a_table():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitquorum import rng
 from bitquorum.attacks import PGD
-from bitquorum.convert import Policy
+from bitquorum.conversion import Policy
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, read_jsonl, save_tensors

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, final
 
-from bitquorum.convert import Policy
+from bitquorum.conversion import Policy
 from bitquorum.ensemble import Aggregation, MeanProbability
 from bitquorum.evaluate import Evaluation
 from bitquorum.interface import ConfigError, InputError, Method

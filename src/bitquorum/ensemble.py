@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.convert import Policy, convert, is_stochastic, set_addresses
+from bitquorum.conversion import Policy, convert, is_stochastic, set_addresses
 from bitquorum.interface import InputError, Method
 from bitquorum.layers import WEIGHTED, QuantLayer
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.convert import calibrate
+from bitquorum.conversion import calibrate
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
@@ -293,11 +293,14 @@ class _Training:
             self.totals[name] = self.totals.get(name, torch.zeros(())) + torch.as_tensor(value).cpu()
             self.counted[name] = self.counted.get(name, 0) + 1
         if self._due() or self.step == self.steps:
-            loss = float(self.totals["loss"])
-            if not math.isfinite(loss):
-                raise DivergedError(f"expected a finite loss, got {loss} before step {self.step}; lower lr or set clip")
+            self._check_finite()
             if self.rank:
                 self._drain()
+
+    def _check_finite(self) -> None:
+        loss = float(self.totals.get("loss", 0.0))
+        if not math.isfinite(loss):
+            raise DivergedError(f"expected a finite loss, got {loss} before step {self.step}; lower lr or set clip")
 
     def _due(self) -> bool:
         return self.step % self.trainer.log_every == 0
@@ -317,6 +320,7 @@ class _Training:
     def _save(self, path: Path) -> None:
         if self.rank:
             return
+        self._check_finite()  # a checkpoint never holds what a diverged loss has spoilt
         state = {f"model.{name}": value for name, value in self.ensemble.state_dict().items()}
         state |= {f"average.{name}": value for name, value in self.average.items()}
         state |= {f"memory.{name}": value for name, value in self.memory.items()}
@@ -339,7 +343,7 @@ class _Training:
                 f"expected a checkpoint of this training at {path}, got another file ({reason}); remove it"
             ) from error
 
-    def _accept(self, path: Path, state: dict[str, Tensor], counts: dict[str, int]) -> None:
+    def _accept(self, path: Path, state: dict[str, Tensor], counts: dict[str, Any]) -> None:
         if (counts["steps"], counts["seed"]) != (self.steps, self.seed):
             raise InputError(
                 f"{path}: expected a checkpoint of a training of {self.steps} steps with seed {self.seed}, got "

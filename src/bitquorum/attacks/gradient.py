@@ -45,6 +45,12 @@ class _GradientAttack(Attack):
         if self.eot < 1:
             raise InputError(f"expected eot of at least one draw, got {self.eot}")
 
+    def _options(self) -> str:
+        """Return the choices that differ from the default, for the label."""
+        loss = "" if self.loss == "cross-entropy" else self.loss
+        pooling = "" if self.pooling == "mean-loss" else self.pooling
+        return "".join(f" {option}" for option in (loss, pooling, self.surrogate.label) if option)
+
     def _criterion(self, labels: Int[Tensor, "batch"]) -> Criterion:
         return lambda logits: pooled_loss(logits, labels, loss=self.loss, pooling=self.pooling)
 
@@ -67,8 +73,8 @@ class FGSM(_GradientAttack):
 
     @property
     def label(self) -> str:
-        """Return FGSM, with the number of draws when there are several."""
-        return "FGSM" if self.eot == 1 else f"EOT-FGSM x{self.eot}"
+        """Return FGSM, with what differs from the default."""
+        return ("FGSM" if self.eot == 1 else f"EOT-FGSM x{self.eot}") + self._options()
 
     def _run(
         self,
@@ -131,9 +137,12 @@ class PGD(_GradientAttack):
 
     @property
     def label(self) -> str:
-        """Return PGD-steps, with draws and restarts where there are several."""
+        """Return PGD-steps, with what differs from the default."""
         name = f"PGD-{self.steps}" if self.eot == 1 else f"EOT-PGD-{self.steps}x{self.eot}"
-        return name if self.restarts == 1 else f"{name} r{self.restarts}"
+        restarts = "" if self.restarts == 1 else f" r{self.restarts}"
+        momentum = f" momentum={self.momentum:g}" if self.momentum else ""
+        step = "" if self.step_size is None else f" step={self.step_size:g}"
+        return name + restarts + step + momentum + self._options()
 
     def _run(
         self,

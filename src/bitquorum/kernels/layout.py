@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 1 << 16  # elements that plain code handles at once on a CPU, so that scratch tensors stay in the cache
+BLOCK = 1 << 16  # elements that a thread handles at once in plain code, so that scratch tensors stay in its cache
 
 
 def memory_order(x: Tensor, first: int = 0) -> list[int]:
@@ -40,11 +40,12 @@ def by_blocks(
 ) -> list[Float[Tensor, "*shape"]]:
     """Apply an elementwise function with `count` results, block by block on a CPU; keep the memory order."""
     flat = flatten(z.detach()) if z.dim() else z.detach().view(1)
-    if z.device.type != "cpu" or flat.numel() <= BLOCK:
+    block = BLOCK * torch.get_num_threads()
+    if z.device.type != "cpu" or flat.numel() <= block:
         return [unflatten(result, z) for result in function(flat)]
     results = [torch.empty_like(flat) for _ in range(count)]
-    for start in range(0, flat.numel(), BLOCK):
-        stop = start + BLOCK
+    for start in range(0, flat.numel(), block):
+        stop = start + block
         for result, part in zip(results, function(flat[start:stop]), strict=True):
             result[start:stop] = part
     return [unflatten(result, z) for result in results]

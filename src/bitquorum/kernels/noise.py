@@ -37,7 +37,7 @@ def uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"
     """
     out = torch.empty(keys.shape[0], count, dtype=torch.float32, device=keys.device)
     halves = _halves(keys)
-    width = min(count, _BLOCK) if keys.device.type == "cpu" else count
+    width = min(count, _block()) if keys.device.type == "cpu" else count
     counter = _counter(torch.Size((width,)), (0,), keys.device)
     for rows, columns in _blocks(out):
         part = out[rows, columns]
@@ -119,10 +119,15 @@ def _blocks(out: Tensor) -> Iterator[tuple[slice, slice]]:
     if out.device.type != "cpu":
         yield slice(0, rows), slice(0, count)
         return
-    height = max(1, _BLOCK // max(count, 1))
+    block = _block()
+    height = max(1, block // max(count, 1))
     for row in range(0, rows, height):
-        for start in range(0, count, _BLOCK):
-            yield slice(row, row + height), slice(start, start + _BLOCK)
+        for start in range(0, count, block):
+            yield slice(row, row + height), slice(start, start + block)
+
+
+def _block() -> int:
+    return _BLOCK * torch.get_num_threads()
 
 
 # The functions below are traced by the compiler; type checks at run time would break the trace.

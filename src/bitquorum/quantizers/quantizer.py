@@ -83,7 +83,8 @@ class Quantizer(nn.Module):
         _check(bits, grid, low, high, channels, self.law, backward)
         self.bits, self.top, self.grid, self.axis = bits, 2**bits - 1, grid, axis
         default: Backward = "mean" if self.law.stochastic else "straight-through"
-        self.surrogate = Surrogate(backward=backward or default, temperature=temperature)
+        self.surrogate = Surrogate(backward=backward or default)
+        self.temperature = temperature
         self.address = ""
         self.learned = learned
         shape = () if channels is None else (channels,)
@@ -202,6 +203,11 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, grid={self.grid}, learned={self.learned}{channels}, law={self.law}"
 
     @property
+    def stochastic(self) -> bool:
+        """Whether two draws can differ."""
+        return self.law.stochastic
+
+    @property
     def _scale_is_learned(self) -> bool:
         return isinstance(self.law, SmoothLaw) and self.law.learned
 
@@ -266,7 +272,7 @@ class Quantizer(nn.Module):
                 Logistic().scale,
             )  # only an attacker gets here: BPDA through a smooth stand-in
         if backward == "gumbel" and law.stochastic:
-            return self._attach_gumbel(code, z, scale, chosen.temperature)
+            return self._attach_gumbel(code, z, scale, chosen.temperature or self.temperature)
         if backward == "mean" and isinstance(law, SmoothLaw):
             if not isinstance(scale, Tensor):
                 return attach_mean(code, z, self.top, law, scale * chosen.width)

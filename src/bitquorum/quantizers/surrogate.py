@@ -25,20 +25,32 @@ class Surrogate(Method):
             `gumbel`, the gradient of a concrete relaxation at `temperature`, given the drawn code. `None` keeps each
             quantizer's own choice.
         width: Factor on the noise scale inside the gradient of the mean; above 1 it smooths (BPDA).
-        temperature: Of the concrete relaxation; must be positive.
+        temperature: Of the concrete relaxation, above zero; `None` keeps each quantizer's own.
     """
 
     backward: Backward | None = None
     width: float = 1.0
-    temperature: float = 0.5
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if self.backward is not None and self.backward not in get_args(Backward):
             raise InputError(f"expected a backward among {', '.join(get_args(Backward))}, got {self.backward!r}")
-        if not (self.width > 0 and self.temperature > 0):
+        if not (self.width > 0 and (self.temperature is None or self.temperature > 0)):
             raise InputError(
                 f"expected a positive width and temperature, got width={self.width}, temperature={self.temperature}"
             )
+
+    @property
+    def label(self) -> str:
+        """Name what differs from the quantizers' own choices, for tables; empty if nothing does.
+
+        Examples:
+            >>> Surrogate(backward="mean", width=2.0).label
+            'mean width=2'
+        """
+        width = "" if self.width == 1 else f"width={self.width:g}"
+        temperature = "" if self.temperature is None else f"temperature={self.temperature:g}"
+        return " ".join(part for part in (self.backward, width, temperature) if part)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

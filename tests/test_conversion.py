@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitquorum import rng, zoo
-from bitquorum.convert import (
+from bitquorum.conversion import (
     ACTIVATIONS,
     Override,
     Policy,

@@ -209,8 +209,11 @@ def quantizers(network: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 
 def is_stochastic(network: nn.Module) -> bool:
-    """Return whether two draws of the network can differ."""
-    return any(quantizer.law.stochastic for _, quantizer in quantizers(network))
+    """Return whether two draws of the network can differ: whether a module in it has a true attribute `stochastic`.
+
+    Quantizers with a noise law have it. A noise module of your own must have it too, and draw by `rng.uniform_like`.
+    """
+    return any(getattr(module, "stochastic", False) for module in network.modules())
 
 
 @torch.no_grad()
