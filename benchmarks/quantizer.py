@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bitquorum
 from bitquorum import kernels
 from bitquorum.environment import environment
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer
@@ -181,7 +182,7 @@ def main() -> None:
     x = (torch.rand(options.shape) * 1.2 * HIGH - 0.1 * HIGH).requires_grad_()  # a twelfth lies outside at either end
     weight = torch.randn(options.shape).requires_grad_()
     info = environment()
-    info["versions"]["brevitas"] = peer_version()
+    info["versions"] |= {"bitquorum": bitquorum.__version__, "brevitas": peer_version()}
     settings = {"shape": options.shape, "high": HIGH, "law": str(Logistic()), "dtype": "float32"}
     settings |= {"threads": options.threads, "repeats": options.repeats}
     result = {"environment": info, "settings": settings, "rows": []}

@@ -25,7 +25,7 @@ from bitquorum.quantizers import Surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
-class _GradientAttack(Attack):
+class GradientAttack(Attack):
     """Share the choices of the attacks that follow a gradient.
 
     Attributes:
@@ -57,7 +57,7 @@ class _GradientAttack(Attack):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FGSM(_GradientAttack):
+class FGSM(GradientAttack):
     """Take one step of size epsilon along the sign of the gradient.
 
     Reference: Goodfellow, Shlens, Szegedy, 2015, https://arxiv.org/abs/1412.6572, section 4.
@@ -99,7 +99,7 @@ class FGSM(_GradientAttack):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PGD(_GradientAttack):
+class PGD(GradientAttack):
     """Climb the loss by signed gradient steps, projected onto the ball; EOT when `eot` exceeds one.
 
     Each step draws afresh. The projection stands outside the differentiated graph, so that saturated pixels keep their

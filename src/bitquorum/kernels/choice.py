@@ -105,7 +105,7 @@ def call(kernel: Callable[..., Any], *tensors: Tensor, **constants: Hashable) ->
     except TorchDynamoException as error:
         device = tensors[0].device.type
         _State.failed |= {device}
-        reason = " ".join(str(error).split()[:20])
+        reason = " ".join(str(error).partition("Set TORCHDYNAMO")[0].split()[:40])
         _warn_once(f"the compiler failed ({reason}); the quantizers on {device} run plain torch instead")
         return None
 
