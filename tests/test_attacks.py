@@ -572,3 +572,22 @@ def test_labels_state_the_budget():
         "PGD-20 r3",
         "EOT-PGD-20x2 r5",
     ]
+
+
+def test_labels_tell_attacks_apart_by_every_choice():
+    variants = [
+        PGD(),
+        PGD(loss="margin"),
+        PGD(pooling="mean-probability"),
+        PGD(surrogate=Surrogate(backward="straight-through")),
+        PGD(surrogate=Surrogate(width=2.0)),
+        PGD(surrogate=Surrogate(backward="gumbel", temperature=0.3)),
+        PGD(step_size=0.1),
+        PGD(momentum=0.9),
+        PGD(restarts=2),
+        PGD(eot=2),
+        FGSM(),
+        FGSM(loss="margin"),
+    ]
+    assert len({attack.label for attack in variants}) == len(variants)
+    assert PGD(loss="margin", surrogate=Surrogate(width=2.0)).label == "PGD-20 margin width=2"

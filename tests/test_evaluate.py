@@ -342,7 +342,7 @@ def test_the_interval_covers_the_truth_19_times_of_20(name: str):
         ({"draws": 0}, "at least one draw"),
         ({"batch_size": 0}, "one image per batch"),
         ({"examples": -1}, "examples of at least 0"),
-        ({"attacks": (FGSM(), FGSM(loss="margin"))}, "different labels"),
+        ({"attacks": (FGSM(loss="margin"), FGSM(loss="margin"))}, "different labels"),
     ],
 )
 def test_bad_settings(options: dict[str, object], message: str):
