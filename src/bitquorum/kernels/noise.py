@@ -174,7 +174,7 @@ def _draw(
         e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
     else:
         e = u.sub_(0.5)
-    return e.add_(z).round_().clamp_(min=0).clamp_(max=top)
+    return e.add_(z).clamp_(min=0).clamp_(max=top).round_()  # in this order no zero is negative
 
 
 @no_type_check

@@ -253,14 +253,14 @@ class Quantizer(nn.Module):
 
     def _draw(self, z: Tensor, noise: Tensor | None) -> Tensor:
         if not self.law.stochastic:
-            return z.round().clamp_(0, self.top)
+            return z.clamp(0, self.top).round_()
         scale = self.scale()
         scale = scale.detach() if isinstance(scale, Tensor) else scale
         name = LAWS.get(type(self.law))
         if noise is None and name is not None:
             return kernels.draw(rng.row_keys(z, self.address), z, law=name, top=self.top, scale=scale)
         u = rng.uniform_like(z, self.address) if noise is None else noise
-        return self.law.sample(u, scale).add_(z).round_().clamp_(0, self.top)
+        return self.law.sample(u, scale).add_(z).clamp_(0, self.top).round_()
 
     def _attach_gradient(self, code: Tensor, z: Tensor) -> Tensor:
         chosen = ambient() or self.surrogate
