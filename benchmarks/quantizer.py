@@ -17,6 +17,7 @@ kernels.
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import sys
@@ -165,6 +166,11 @@ def peer_version() -> str:
         return "not installed"
 
 
+def load() -> float | None:
+    """Return the mean number of running processes over a minute: one core's worth each, this one's threads included."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what a stochastic quantizer costs.")
     parser.add_argument("--threads", type=int, default=2)
@@ -183,6 +189,7 @@ def main() -> None:
     weight = torch.randn(options.shape).requires_grad_()
     info = environment()
     info["versions"] |= {"bitquorum": bitquorum.__version__, "brevitas": peer_version()}
+    info["load"] = {"before": load()}
     settings = {"shape": options.shape, "high": HIGH, "law": str(Logistic()), "dtype": "float32"}
     settings |= {"threads": options.threads, "repeats": options.repeats}
     result = {"environment": info, "settings": settings, "rows": []}
@@ -195,6 +202,8 @@ def main() -> None:
                 print(line(row), flush=True)
             if peer_version() == "not installed":
                 print(f"{kind:9}{bits:>4}  brevitas: not installed")
+    info["load"]["after"] = load()
+    print(f"load of the machine before and after: {info['load']['before']}, {info['load']['after']}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
