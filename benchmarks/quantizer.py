@@ -202,11 +202,11 @@ def main() -> None:
                 print(line(row), flush=True)
             if peer_version() == "not installed":
                 print(f"{kind:9}{bits:>4}  brevitas: not installed")
-    info["load"]["after"] = load()
+        info["load"]["after"] = load()
+        if options.json:  # written after each number of bits, so that an interrupted run leaves what it has
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"load of the machine before and after: {info['load']['before']}, {info['load']['after']}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -289,11 +289,13 @@ def _working(stored: Run, experiment: Experiment, what: str) -> Iterator[None]:
     with stored.lock(), kernels.use(experiment.kernels):
         started = time.monotonic()
         ended = "interrupted"
+        stored.write_environment({"work": what, "ended": "killed"})  # stands if nothing can be written any more
         try:
             yield
             ended = "done"
         finally:
-            stored.write_environment({"work": what, "seconds": round(time.monotonic() - started, 1), "ended": ended})
+            seconds = round(time.monotonic() - started, 1)
+            stored.write_environment({"work": what, "seconds": seconds, "ended": ended}, replace=True)
 
 
 def _first() -> bool:

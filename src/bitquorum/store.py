@@ -151,15 +151,16 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def write_environment(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Append `environment()` and `extra` as one row to the list in `environment.json`.
+    def write_environment(self, extra: Mapping[str, Any] | None = None, *, replace: bool = False) -> None:
+        """Append `environment()` and `extra` as one row to the list in `environment.json`, or replace its last row.
 
         Raises:
             InputError: if `extra` holds what JSON cannot.
             DataError: if the file is corrupt.
         """
         path = self.path / "environment.json"
-        rows = [*self.environments(), json.loads(json_row({**environment(), **(extra or {})}))]
+        earlier = self.environments()
+        rows = [*(earlier[:-1] if replace else earlier), json.loads(json_row({**environment(), **(extra or {})}))]
         atomic_write(path, json.dumps(rows, indent=1) + "\n")
 
     def environments(self) -> list[dict[str, Any]]:

@@ -75,11 +75,11 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
         return "no work recorded"
     last = rows[-1]
     seconds = sum(float(row.get("seconds", 0)) for row in rows)
+    killed = sum("seconds" not in row for row in rows)
     hardware = dict.fromkeys(next((d["name"] for d in row["cuda"]["devices"]), row["cpu"]["model"]) for row in rows)
-    return (
-        f"{seconds / 60:.1f} minutes on {' and '.join(hardware)}, {last['threads']['intra_op']} threads, "
-        f"torch {last['versions']['torch']}, bitquorum {last['versions']['bitquorum']}"
-    )
+    time = f"{seconds / 60:.1f} minutes" + (f" and {killed} killed sessions" if killed else "")
+    versions = f"torch {last['versions']['torch']}, bitquorum {last['versions']['bitquorum']}"
+    return f"{time} on {' and '.join(hardware)}, {last['threads']['intra_op']} threads, {versions}"
 
 
 def _percent(row: dict[str, Any] | None) -> str:
