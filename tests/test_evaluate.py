@@ -288,6 +288,14 @@ def test_it_narrows_with_images_and_with_draws():
     assert widths[2] == pytest.approx(widths[0] / 4, rel=0.05)
 
 
+def test_a_single_right_prediction_does_not_narrow_it():
+    nothing = torch.zeros(20, 200, dtype=torch.bool)
+    one = nothing.clone()
+    one[3, 5] = True
+    assert interval(one).high >= interval(nothing).high == pytest.approx(wilson(0.0, 200)[1])
+    assert interval(~one).low <= interval(~nothing).low == pytest.approx(wilson(1.0, 200)[0])
+
+
 def test_what_all_images_share_of_a_draw_widens_it():
     """Images that are all right in 6 draws of 10 and all wrong in 4 say what 10 trials say, and no more."""
     shared = (torch.arange(10) < 6)[:, None].expand(10, 500)

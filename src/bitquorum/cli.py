@@ -386,7 +386,9 @@ def _print_table(table: "Table") -> None:
 
 def _print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None) -> None:
     """Print a table; with `group`, a line parts rows that differ in that column."""
-    table = RichTable(*(escape(name) for name in header))
+    table = RichTable()
+    for name in header:
+        table.add_column(escape(name), overflow="fold", no_wrap=name == "attack")
     previous = None
     for row in rows:
         if group is not None and previous is not None and row[group] != previous:

@@ -210,7 +210,8 @@ def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> A
     unbiased, and never below that of the images alone. Divided into the variance of one image, $p (1 - p) N / (N - 1)$,
     it gives an effective number of independent trials, which enters the Wilson score interval, so that the interval
     stays inside [0, 1] and does not shrink to a point; without noise it is that of N trials. What the images share of a
-    draw's noise is known from R draws only: there Student's quantile takes the place of the normal one.
+    draw's noise is known from R draws only: there Student's quantile takes the place of the normal one. One right
+    prediction more never lowers the upper bound below that of none: images unlike those seen may exist all the same.
 
     Args:
         correct: Whether each prediction of each image was right.
@@ -237,7 +238,9 @@ def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> A
         z = _student(z, (draws - 1) * (variance / by_draw) ** 2)
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return Accuracy(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), images=images, draws=draws)
+    edge = z * z / (images + z * z)  # what Wilson leaves open when no image, or every image, is right
+    low, high = min(centre - half, 1 - edge), max(centre + half, edge)
+    return Accuracy(value=p, low=max(0.0, low), high=min(1.0, high), images=images, draws=draws)
 
 
 def _student(z: float, degrees: float) -> float:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitquorum.interface import InputError
 from bitquorum.kernels import choice, layout
 
 SmoothLawName = Literal["logistic", "gaussian"]
@@ -38,7 +39,10 @@ def slope(z: Float[Tensor, "*shape"], *, law: SmoothLawName, top: int, scale: fl
         z: Values in steps above the lowest level.
         law: `logistic` or `gaussian`.
         top: The largest code.
-        scale: Of the noise, in steps; see `fits`.
+        scale: Of the noise, in steps.
+
+    Raises:
+        InputError: if the noise is too narrow for float32; `fits` tells beforehand.
 
     Examples:
         >>> slope(torch.tensor([0.5, 7.5, 14.5]), law="logistic", top=15, scale=0.5)
@@ -62,6 +66,8 @@ def slope_and_curvature(
 
 @torch.no_grad()
 def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> list[Tensor]:
+    if not fits(law, top, scale):
+        raise InputError(f"expected {law} noise that fits float32, got scale={scale} on {top + 1} levels; widen it")
     half = _half(law, top, scale)
     table = _table(law, top, half, scale)
     constants = {"law": law, "top": top, "half": half, "order": order}
