@@ -380,7 +380,8 @@ def _show(stored: "Run") -> None:
 
 
 def _print_table(table: "Table") -> None:
-    _print_rows(table.header, table.rows, group=0)
+    rows = [tuple(cell.replace(", ", ",\u00a0") for cell in row) for row in table.rows]  # an interval stays whole
+    _print_rows(table.header, rows, group=0)
     out.print(escape(table.note), style="dim")
 
 
