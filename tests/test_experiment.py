@@ -257,7 +257,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path):
     assert process.returncode == -signal.SIGKILL
     assert (log.parent / "checkpoint.safetensors").exists()
     assert not (log.parent / "weights.safetensors").exists()
-    assert not stored.environments()
+    assert [row["ended"] for row in stored.environments()] == ["killed"]
     step = read_jsonl(log)[-1]["step"]
     trained = (stored.path / "arms" / "vanilla" / "weights.safetensors").stat().st_mtime_ns
     heard = Steps()
