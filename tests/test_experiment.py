@@ -396,6 +396,16 @@ def test_a_published_run_holds_neither_weights_nor_outcomes(finished: Run, tmp_p
     assert published.environments() == finished.environments()
 
 
+@pytest.mark.parametrize("names", [("notes.txt",), ("config.toml", "model.py"), ("config.toml", "a/weights.bin")])
+def test_publishing_never_removes_files_of_another_kind(names: tuple[str, ...], finished: Run, tmp_path: Path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="expected a new folder or a published run"):
+        finished.publish(tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
 def test_a_locked_run_is_left_alone(copied: Run):
     (copied.path / "arms" / "sq" / "weights.safetensors").unlink()
     before = contents(copied)

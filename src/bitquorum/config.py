@@ -90,7 +90,7 @@ class Experiment(Method):
     Attributes:
         name: Name of the run's folder, before the digest.
         seed: Of initial weights, data order, augmentation and noise; equal for all arms.
-        kernels: `eager`, or `compiled` where a C++ compiler is at hand: faster steps after half a minute's start.
+        kernels: `eager`, or `compiled` where a C++ compiler is at hand: faster steps after a slow start.
         data: Images.
         trainer: Of every arm without its own.
         evaluation: Attacks on every arm.

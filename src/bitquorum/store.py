@@ -24,6 +24,7 @@ from bitquorum.files import atomic_write, json_row
 from bitquorum.interface import DataError, InputError
 from bitquorum.registry import digest, nearest, to_toml
 
+_PUBLISHED = (".toml", ".json", ".jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -130,13 +131,14 @@ class Run:
         """
         target = Path(target)
         if target.exists() and any(target.iterdir()):
-            if not (target / "config.toml").is_file():
+            strange = any(p.is_file() and p.suffix not in _PUBLISHED for p in target.rglob("*"))
+            if strange or not (target / "config.toml").is_file():
                 raise InputError(
                     f"expected a new folder or a published run at {target}, got other files; choose another"
                 )
             shutil.rmtree(target)
         for path in sorted(self.path.rglob("*")):
-            if path.suffix in (".toml", ".json", ".jsonl"):
+            if path.suffix in _PUBLISHED:
                 atomic_write(target / path.relative_to(self.path), path.read_bytes())
 
     def folder(self, *parts: str) -> Path:

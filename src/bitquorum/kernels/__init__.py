@@ -8,7 +8,7 @@
 | `mean` | slope and curvature of the mean code |
 
 A kernel is one pure torch function. Plainly it runs block by block inside the cache; compiled, `torch.compile` fuses it
-into one pass (inductor: C++ on a CPU, Triton on CUDA), about five to ten times faster. Compilation takes some seconds
+into one pass (inductor: C++ on a CPU, Triton on CUDA; see `benchmarks/quantizer.py`). Compilation takes some seconds
 for each kernel in the first process and less in the next, so plain code is the default:
 
     >>> from bitquorum import kernels
