@@ -11,7 +11,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from bitquorum import interface, rng  # noqa: E402
-from bitquorum.quantizers import surrogate  # noqa: E402
+from bitquorum.quantizers import surrogate, twin  # noqa: E402
 
 typing.runtime_checkable(interface.Model)  # lets the hook check that a model can be called
 settings.register_profile("bitquorum", deadline=None, derandomize=True)
@@ -26,5 +26,6 @@ def _apart():
         yield
     assert rng.current() is None, "the test left a draw open"
     assert surrogate.ambient() is None, "the test left a surrogate open"
+    assert twin.ambient() is None, "the test left a twin open"
     assert torch.get_default_dtype() == torch.float32, "the test left another default dtype"
     assert torch.is_grad_enabled(), "the test left gradients switched off"

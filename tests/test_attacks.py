@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.attacks import FGSM, PGD, Attack, Loss, Pooling, pooled_loss
-from bitquorum.attacks.base import check_choices, check_inputs, loss_gradient, loss_value
+from bitquorum.attacks import FGSM, PGD, Attack, Loss, Pooling, Problem, pooled_loss
+from bitquorum.attacks.base import check_choices, check_inputs
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
-from bitquorum.geometry import linf, project_linf, random_linf
+from bitquorum.geometry import norm_of, project, random_point
 from bitquorum.interface import Cost, InputError, Model
 from bitquorum.quantizers import Law, Logistic, Quantizer, StochasticRounding, Surrogate
 from bitquorum.quantizers.surrogate import ambient
@@ -41,6 +41,12 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Ensemble:
     if bias is not None:
         layer.bias.data.copy_(bias)
     return Ensemble([nn.Sequential(nn.Flatten(), layer)])
+
+
+def problem_of(model: Model, x: Tensor, examples: Tensor | None = None) -> Problem:
+    """Return a problem through which a test asks the model."""
+    examples = torch.arange(len(x)) if examples is None else examples
+    return Problem(model=model, images=x, labels=torch.zeros(len(x), dtype=torch.int64), epsilon=0.1, examples=examples)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ def test_two_class_linear_optimum(attack: Attack, box: bool):
     rise = (weight[1 - labels] - weight[labels]).view_as(x)
     best = (x + epsilon * rise.sign()).clamp(0, 1)
     moves = (rise != 0) | isinstance(attack, FGSM)  # a random start leaves the rest where it fell
-    assert torch.equal(found[moves], project_linf(best, x, epsilon)[moves])
+    assert torch.equal(found[moves], project(best, x, epsilon, "linf")[moves])
     if not box:
         margin = -((x * rise).flatten(1).sum(1))
         survives = margin > epsilon * rise.flatten(1).abs().sum(1)
@@ -140,14 +146,7 @@ def test_many_class_margin_never_exceeds_the_optimum_and_nearly_reaches_it():
 def test_saturated_pixels_keep_their_gradient():
     x = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.5]])
     weight = torch.tensor([[1.0, 2.0, -3.0, -4.0, 5.0]])
-    gradient, loss = loss_gradient(
-        linear(weight),
-        x,
-        lambda logits: logits.sum((0, 1, 3)),
-        seeds=[0],
-        examples=torch.tensor([0]),
-        surrogate=Surrogate(),
-    )
+    gradient, loss = problem_of(linear(weight), x).gradient(x, lambda logits: logits.sum((0, 1, 3)), seeds=[0])
     assert torch.equal(gradient, weight)
     assert loss.item() == 0.5
 
@@ -191,7 +190,7 @@ def test_step_size_and_start():
     ):
         found = attack(model, x, labels, epsilon=0.2).images
         torch.testing.assert_close(found, x - 0.2 * distance)
-    starts = random_linf(torch.full((400, 1), 0.5), 0.2, seed=1, examples=torch.arange(400))
+    starts = random_point(torch.full((400, 1), 0.5), 0.2, "linf", seed=1, examples=torch.arange(400))
     assert abs(float(starts.mean()) - 0.5) < 4 * 0.2 / math.sqrt(3 * 400)
     assert 0.69 < float(starts.max()) <= 0.7
     assert 0.3 <= float(starts.min()) < 0.31
@@ -225,7 +224,7 @@ def test_more_restarts_never_lower_the_loss_on_the_common_draws():
         attack = replace(base, restarts=restarts)
         found = attack(model, x, labels, epsilon=0.1, seed=7).images
         criterion = attack._criterion(labels)
-        values.append(loss_value(model, found, criterion, seeds=judges, examples=examples))
+        values.append(problem_of(model, found, examples).loss(found, criterion, seeds=judges))
     assert bool((values[1] >= values[0]).all() and (values[2] >= values[1]).all())
     assert bool((values[2] > values[0]).any())
 
@@ -241,7 +240,7 @@ def test_the_gradient_over_draws_is_the_mean_of_the_draws_gradients_bit_for_bit(
         return (logits[..., 0] - logits[..., 1]).mean((0, 1))
 
     def gradient(chosen: list[int]) -> Tensor:
-        return loss_gradient(model, x, criterion, seeds=chosen, examples=examples, surrogate=Surrogate())[0]
+        return problem_of(model, x, examples).gradient(x, criterion, seeds=chosen)[0]
 
     with rng.draw(seeds):
         weights = model.weights()
@@ -262,7 +261,7 @@ def test_only_the_mean_probability_is_not_a_mean_of_loss_gradients(pooling: Pool
 
     def gradient(chosen: list[int]) -> Tensor:
         criterion = attack._criterion(labels)
-        return loss_gradient(model64, x, criterion, seeds=chosen, examples=examples, surrogate=Surrogate())[0]
+        return problem_of(model64, x, examples).gradient(x, criterion, seeds=chosen)[0]
 
     mean = torch.stack([gradient([seed]) for seed in seeds]).mean(0)
     assert torch.allclose(gradient(seeds), mean, rtol=1e-5, atol=1e-6) == (pooling != "mean-probability")
@@ -374,14 +373,7 @@ def test_the_surrogate_reaches_the_quantizers_and_leaves_the_forward_pass_alone(
     model = Ensemble([nn.Sequential(quantizer, *linear(weight).members)]).requires_grad_(False)
 
     def run(surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-        return loss_gradient(
-            model,
-            x,
-            lambda logits: logits.sum((0, 1, 3)),
-            seeds=[1],
-            examples=torch.tensor([0]),
-            surrogate=surrogate,
-        )
+        return problem_of(model, x).gradient(x, lambda logits: logits.sum((0, 1, 3)), seeds=[1], surrogate=surrogate)
 
     def slope(scale: float) -> Tensor:
         z = x.double() * 4
@@ -468,7 +460,7 @@ def test_images_stay_within_epsilon_and_the_box(attack: Attack, epsilon: float, 
     found = attack(model, x, torch.tensor([seed % 3, 1]), epsilon=epsilon, seed=seed).images
     assert found.shape == x.shape
     assert found.dtype == x.dtype
-    assert float(linf(found, x).max()) <= epsilon + 2**-23
+    assert float(norm_of(found - x, "linf").max()) <= epsilon + 2**-23
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
 
@@ -496,11 +488,11 @@ def test_a_model_in_use_by_its_owner_still_trains():
 def test_projection():
     x = uniform(25, 50, 3)
     z = x + normal(26, 50, 3)
-    found = project_linf(z, x, 0.1)
+    found = project(z, x, 0.1, "linf")
     low, high = (x - 0.1).clamp(min=0), (x + 0.1).clamp(max=1)
     assert torch.equal(found, torch.minimum(torch.maximum(z, low), high))
-    assert torch.equal(project_linf(found, x, 0.1), found)
-    assert linf(torch.zeros(2, 1, 2), torch.tensor([[[0.1, -0.5]], [[0.2, 0.0]]])).tolist() == pytest.approx([0.5, 0.2])
+    assert torch.equal(project(found, x, 0.1, "linf"), found)
+    assert norm_of(torch.tensor([[[0.1, -0.5]], [[0.2, 0.0]]]), "linf").tolist() == pytest.approx([0.5, 0.2])
 
 
 # Errors and names

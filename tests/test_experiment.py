@@ -178,7 +178,7 @@ def test_lost_rows_come_back_from_the_outcomes(copied: Run, finished: Run, monke
     (path,) = copied.path.glob("evaluations/*/metrics.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     monkeypatch.setattr(Trainer, "__call__", fail)
-    monkeypatch.setattr("bitquorum.evaluate.judge", fail)
+    monkeypatch.setattr("bitquorum.evaluate.evaluation.judge", fail)
     run(TINY, copied.path.parent)
     assert contents(copied) == contents(finished)
 

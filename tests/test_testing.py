@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bitquorum import rng
-from bitquorum.attacks import FGSM, PGD, AttackResult
+from bitquorum.attacks import FGSM, PGD
 from bitquorum.information import Estimate, PlugIn, binary_symmetric_channel, mutual_information
-from bitquorum.interface import BitquorumError, Cost
+from bitquorum.interface import BitquorumError
 from bitquorum.quantizers import Law, Quantizer, StochasticRounding, Surrogate
 from bitquorum.testing import ContractError, check_attack, check_estimator, check_quantizer
 
@@ -138,9 +138,11 @@ def test_a_quantizer_off_its_grid_is_found(monkeypatch):
 def stepping(fault):
     """Return an attack's `_run` that takes one signed step, wrong in the way that `fault` names."""
 
-    def run(self, model, images, epsilon, examples, seed, criterion):
+    def run(self, problem):
+        images, epsilon, model = problem.images, problem.epsilon, problem.model
+        criterion = problem.criterion or self._criterion(problem.labels)
         leaf = images.clone().requires_grad_()
-        context = nullcontext() if fault == "draw" else rng.draw(seed, examples)
+        context = nullcontext() if fault == "draw" else rng.draw(problem.seed, problem.examples)
         with context:
             logits = model(leaf)
         loss = logits.square().sum((0, 1, 3)) if fault == "criterion" else criterion(logits)
@@ -156,7 +158,8 @@ def stepping(fault):
         if fault == "in place":
             images.copy_(found)
         found = found.float() if fault == "type" else found
-        return AttackResult(images=found, cost=Cost(forward=1, backward=2 if fault == "cost" else 1))
+        problem.meter.add(forward=1, backward=2 if fault == "cost" else 1)
+        return found
 
     return run
 

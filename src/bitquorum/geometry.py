@@ -1,32 +1,70 @@
 """Measure and project perturbations of images in [0, 1]."""
 
-from jaxtyping import Float
+from typing import Literal
+
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from bitquorum import rng
 
+Norm = Literal["linf", "l2"]
 
-def project_linf(
-    adversarial: Float[Tensor, "batch *image"], images: Float[Tensor, "batch *image"], epsilon: float
-) -> Float[Tensor, "batch *image"]:
-    """Return the nearest point within `epsilon` of `images` in the maximum norm and within [0, 1].
+
+def norm_of(difference: Float[Tensor, "batch *image"], norm: Norm) -> Float[Tensor, "batch"]:
+    """Return the norm of each example's difference.
 
     Examples:
-        >>> import torch
-        >>> project_linf(torch.tensor([[0.9, -0.2]]), torch.tensor([[0.5, 0.1]]), 0.25)
+        >>>         >>> norm_of(torch.tensor([[3.0, -4.0]]), "linf"), norm_of(torch.tensor([[3.0, -4.0]]), "l2")
+        (tensor([4.]), tensor([5.]))
+    """
+    flat = difference.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else flat.square().sum(1).sqrt()
+
+
+def project(
+    adversarial: Float[Tensor, "batch *image"], images: Float[Tensor, "batch *image"], epsilon: float, norm: Norm
+) -> Float[Tensor, "batch *image"]:
+    """Return a point within `epsilon` of `images` and within [0, 1]: the nearest one for `linf`.
+
+    For `l2` it is the nearest point of the ball, then of the box; it stays in the ball, but is not always the nearest
+    point of both.
+
+    Examples:
+        >>>         >>> project(torch.tensor([[0.9, -0.2]]), torch.tensor([[0.5, 0.1]]), 0.25, "linf")
         tensor([[0.7500, 0.0000]])
     """
-    return adversarial.clamp(images - epsilon, images + epsilon).clamp(0, 1)
+    if norm == "linf":
+        return adversarial.clamp(images - epsilon, images + epsilon).clamp(0, 1)
+    delta = adversarial - images
+    shrink = (epsilon / norm_of(delta, norm).clamp(min=1e-30)).clamp(max=1.0)
+    return (images + per_example(shrink, delta) * delta).clamp(0, 1)
 
 
-def random_linf(
-    images: Float[Tensor, "batch *image"], epsilon: float, *, seed: int, examples: Tensor
+def random_point(
+    images: Float[Tensor, "batch *image"], epsilon: float, norm: Norm, *, seed: int, examples: Tensor
 ) -> Float[Tensor, "batch *image"]:
     """Return points drawn uniformly from the ball around `images`, cut at [0, 1]; keyed by example."""
-    u = rng.uniform(seed, examples, images[0].numel(), address="random start").view_as(images)
-    return project_linf(images + epsilon * (2 * u - 1), images, epsilon)
+    size = images[0].numel()
+    u = rng.uniform(seed, examples, size + 1, address="random start").to(images.dtype)
+    ball = (2 * u[:, :size] - 1).view_as(images)
+    if norm == "linf":
+        return project(images + epsilon * ball, images, epsilon, norm)
+    normal = ball.erfinv()  # up to a factor, which the direction does not see
+    length = epsilon * u[:, -1] ** (1 / size)
+    return project(ascend(images, normal, length, norm), images, epsilon, norm)
 
 
-def linf(a: Float[Tensor, "batch *image"], b: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch"]:
-    """Return the maximum norm of the difference for each example."""
-    return (a - b).abs().flatten(1).amax(1)
+def ascend(
+    x: Float[Tensor, "batch *image"], gradient: Float[Tensor, "batch *image"], length: float | Tensor, norm: Norm
+) -> Float[Tensor, "batch *image"]:
+    """Return the step of the given length (a number, or one for each example) in the direction of steepest ascent."""
+    if isinstance(length, Tensor):
+        length = per_example(length, x)
+    if norm == "linf":
+        return x + length * gradient.sign()
+    return x + length * gradient / per_example(norm_of(gradient, norm).clamp(min=1e-30), gradient)
+
+
+def per_example(values: Shaped[Tensor, "batch"], like: Float[Tensor, "batch *image"]) -> Tensor:
+    """Return one value for each example, shaped to broadcast against images."""
+    return values.view(-1, *[1] * (like.dim() - 1))

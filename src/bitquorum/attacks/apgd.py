@@ -1,98 +1,60 @@
 """Attack by APGD: projected gradient steps whose length adapts to how the loss rises."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitquorum import rng
-from bitquorum.attacks.base import AttackResult, Criterion, loss_gradient
+from bitquorum.attacks.base import Criterion, Loss, Problem, pooled_loss, targeted_loss
 from bitquorum.attacks.gradient import GradientAttack
-from bitquorum.geometry import project_linf, random_linf
-from bitquorum.interface import Cost, InputError, Model
+from bitquorum.geometry import per_example
+from bitquorum.interface import InputError
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class APGD(GradientAttack):
-    r"""Climb the loss with momentum 0.75, halving the step of an example whose loss has stopped rising.
-
-    $$z = P(x_k + \eta \, \mathrm{sign}\, g_k), \quad x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))$$
-
-    The step begins at $2 \epsilon$. At checkpoints it is halved, and the search goes back to the best point, where the
-    loss rose in fewer than 75 % of the steps since the last checkpoint, or where neither step nor best loss has
-    changed. The point of the largest loss is returned. Under noise the loss of a step is its mean over the step's own
-    `eot` fresh draws. Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690, algorithm 1 and section 3.
-    Deviation: draws, which the paper's algorithm does not have.
+class _AdaptiveSteps(GradientAttack):
+    """Share the search of APGD.
 
     Attributes:
         steps: Number of steps of each restart.
-        restarts: Number of random starts; the largest loss is kept.
+        restarts: Number of random starts; the best end on `selection` fresh draws is kept.
+        selection: Number of draws on which ends are compared.
     """
 
     steps: int = 100
     restarts: int = 1
+    selection: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.steps, self.restarts) < 1:
+        if min(self.steps, self.restarts, self.selection) < 1:
             raise InputError(
-                f"expected at least one step and restart, got steps={self.steps}, restarts={self.restarts}"
+                f"expected at least one step, restart and selection draw, got steps={self.steps}, "
+                f"restarts={self.restarts}, selection={self.selection}"
             )
 
-    @property
-    def label(self) -> str:
-        """Return APGD-steps, with what differs from the default."""
-        name = f"APGD-{self.steps}" if self.eot == 1 else f"EOT-APGD-{self.steps}x{self.eot}"
-        return name + ("" if self.restarts == 1 else f" r{self.restarts}") + self._options()
+    def _budget(self) -> str:
+        budget = f"{self.steps}" if self.eot == 1 else f"{self.steps}x{self.eot}"
+        return budget + ("" if self.restarts == 1 else f" r{self.restarts}")
 
-    def _run(
-        self,
-        model: Model,
-        images: Float[Tensor, "batch *image"],
-        epsilon: float,
-        examples: Int[Tensor, "batch"],
-        seed: int,
-        criterion: Criterion,
-    ) -> AttackResult:
-        found, best = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
-        for restart in range(self.restarts):
-            child = rng.derive(seed, "restart", restart)
-            x, value = self._climb(model, images, epsilon, examples, child, criterion)
-            better = value > best
-            found[better], best = x[better], torch.maximum(best, value)
-        passes = self.restarts * (self.steps + 1) * self.eot
-        return AttackResult(images=found, cost=Cost(forward=passes, backward=passes))
-
-    def _climb(
-        self,
-        model: Model,
-        images: Float[Tensor, "batch *image"],
-        epsilon: float,
-        examples: Int[Tensor, "batch"],
-        seed: int,
-        criterion: Criterion,
-    ) -> tuple[Float[Tensor, "batch *image"], Float[Tensor, "batch"]]:
-        def gradient_at(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            seeds = rng.derive_many(seed, self.eot, "step", step)
-            return loss_gradient(model, x, criterion, seeds=seeds, examples=examples, surrogate=self.surrogate)
-
-        shape = (-1, *[1] * (images.dim() - 1))
-        x = random_linf(images, epsilon, seed=rng.derive(seed, "start"), examples=examples)
-        gradient, loss = gradient_at(x, 0)
+    def _climb(self, problem: Problem, criterion: Criterion) -> Float[Tensor, "batch *image"]:
+        x = problem.random_point("start")
+        gradient, loss = self._gradient(problem, x, criterion, 0)
         previous, best, best_loss, best_gradient = x, x.clone(), loss.clone(), gradient.clone()
-        eta = torch.full_like(loss, 2 * epsilon)
+        length = torch.full_like(loss, 2 * problem.epsilon)
         rises, halved, checkpoint_loss = torch.zeros_like(loss), torch.ones_like(loss, dtype=torch.bool), loss.clone()
         checkpoints, last = checkpoints_of(self.steps), 0
         for step in range(1, self.steps + 1):
-            z = project_linf(x + eta.view(shape) * gradient.sign(), images, epsilon)
+            z = problem.ascend(x, gradient, length)
             inertia = 0.75 if step > 1 else 1.0
-            moved = project_linf(x + inertia * (z - x) + (1 - inertia) * (x - previous), images, epsilon)
+            moved = problem.project(x + inertia * (z - x) + (1 - inertia) * (x - previous))
             previous, x, before = x, moved, loss
-            gradient, loss = gradient_at(x, step)
+            gradient, loss = self._gradient(problem, x, criterion, step)
             rises += loss > before
             better = loss > best_loss
             best[better], best_gradient[better] = x[better], gradient[better]
@@ -101,12 +63,103 @@ class APGD(GradientAttack):
                 stuck: Bool[Tensor, "batch"] = (rises < 0.75 * (step - last)) | (
                     ~halved & (best_loss <= checkpoint_loss)
                 )
-                eta = torch.where(stuck, eta / 2, eta)
-                x, gradient = (torch.where(stuck.view(shape), b, c) for b, c in ((best, x), (best_gradient, gradient)))
+                length = torch.where(stuck, length / 2, length)
+                back = per_example(stuck, x)
+                x, gradient = torch.where(back, best, x), torch.where(back, best_gradient, gradient)
                 loss = torch.where(stuck, best_loss, loss)
                 halved, checkpoint_loss, last = stuck, best_loss.clone(), step
                 rises = torch.zeros_like(rises)
-        return best, best_loss
+        return best
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class APGD(_AdaptiveSteps):
+    r"""Climb the loss with momentum 0.75, halving the step of an example whose loss has stopped rising.
+
+    $$z = P(x_k + \eta \, \mathrm{sign}\, g_k), \quad x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))$$
+
+    The step begins at $2 \epsilon$. At checkpoints it is halved, and the search goes back to the best point, where the
+    loss rose in fewer than 75 % of the steps since the last checkpoint, or where neither step nor best loss has
+    changed. The point of the largest loss is returned. Under noise the loss of a step is its mean over the step's own
+    `eot` draws. With `loss="cross-entropy"` it is APGD-CE, with `dlr` APGD-DLR. Reference: Croce and Hein, 2020,
+    https://arxiv.org/abs/2003.01690, algorithm 1 and section 3. Deviation: draws, which the paper does not have.
+
+    Attributes:
+        steps: Number of steps of each restart.
+        restarts: Number of random starts; the best end on `selection` fresh draws is kept.
+        selection: Number of draws on which ends are compared.
+    """
+
+    @property
+    def label(self) -> str:
+        """Return APGD-steps, with what differs from the default."""
+        return ("APGD-" if self.eot == 1 else "EOT-APGD-") + self._budget() + self._options()
+
+    def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
+        criterion = problem.criterion or self._criterion(problem.labels)
+        ends = (self._climb(problem.child("restart", index), criterion) for index in range(self.restarts))
+        return problem.best(ends, criterion, draws=self.selection)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class APGDTargeted(_AdaptiveSteps):
+    r"""Climb towards one wrong class after the other, by the steps of `APGD`; keep the end of the largest margin.
+
+    $$\frac{z_t - z_y}{z_{(1)} - (z_{(3)} + z_{(4)}) / 2}$$
+
+    is the loss `dlr` for target t on the log-probabilities z of a view; `pooling` makes the views. Targets are the
+    wrong classes of the largest mean probability on the clean image over `selection` draws. Reference: Croce and Hein,
+    2020, https://arxiv.org/abs/2003.01690, eq. 7. Deviations: ends of all targets are compared by their margin on
+    `selection` fresh draws; with less than four classes the order statistics that are missing are left out of the
+    denominator; other losses stand beside the paper's; a caller's `criterion` is climbed as it is, once a target.
+
+    Attributes:
+        steps: Number of steps of each restart.
+        restarts: Number of random starts for each target.
+        selection: Number of draws on which classes are ranked and ends are compared.
+        loss: `dlr`; `margin`, its numerator; or a cross-entropy to the target, to be lowered.
+        targets: Number of wrong classes tried; 0 for all.
+    """
+
+    loss: Loss = "dlr"
+    targets: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets < 0:
+            raise InputError(f"expected a number of targets of at least 0, got {self.targets}")
+
+    @property
+    def label(self) -> str:
+        """Return APGD-T-steps, with what differs from the default."""
+        budget = self._budget() + (f" t{self.targets}" if self.targets else "")
+        return ("APGD-T-" if self.eot == 1 else "EOT-APGD-T-") + budget + self._options("dlr")
+
+    def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
+        return problem.best(
+            self._ends(problem),
+            problem.criterion or partial(pooled_loss, labels=problem.labels, loss="margin", pooling=self.pooling),
+            draws=self.selection,
+        )
+
+    def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
+        ranked = wrong_classes(problem, draws=self.selection)
+        for rank, targets in enumerate(ranked[: self.targets or None]):
+            criterion = problem.criterion or partial(
+                targeted_loss, labels=problem.labels, targets=targets, loss=self.loss, pooling=self.pooling
+            )
+            for index in range(self.restarts):
+                yield self._climb(problem.child("target", rank, "restart", index), criterion)
+
+
+def wrong_classes(problem: Problem, *, draws: int) -> Int[Tensor, "rank batch"]:
+    """Return the wrong classes of each clean image, the likeliest over fresh draws first."""
+    probability = problem.logits(problem.images, seeds=problem.seeds(draws, "classes")).softmax(-1).mean((0, 1))
+    without_true = probability.scatter(1, problem.labels[:, None], -1.0)
+    order = torch.sort(without_true, dim=1, descending=True, stable=True).indices
+    return order[:, :-1].T
 
 
 def checkpoints_of(steps: int) -> set[int]:

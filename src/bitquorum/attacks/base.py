@@ -1,21 +1,22 @@
-"""Define what an attack is, and the loss that it climbs."""
+"""Define what an attack is, the problem that it solves, and the loss that it climbs."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitquorum import rng
+from bitquorum.geometry import Norm, ascend, project, random_point
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
 
-Loss = Literal["cross-entropy", "margin"]
-Pooling = Literal["mean-loss", "mean-probability", "mean-logits", "mean-member-loss"]
+Loss = Literal["cross-entropy", "margin", "dlr", "scaled-cross-entropy"]
+Pooling = Literal["mean-loss", "mean-probability", "mean-logits", "mean-member-loss", "least-member-loss"]
 Criterion = Callable[[Tensor], Tensor]
 
 
@@ -27,6 +28,125 @@ class AttackResult:
     cost: Cost
 
 
+class Meter:
+    """Count the passes that each image of a batch has taken so far."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    def add(self, *, forward: int = 0, backward: int = 0) -> None:
+        """Add passes over the whole batch."""
+        self.cost = self.cost + Cost(forward=forward, backward=backward)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """Hold what an attack is to solve, and ask the model: every pass goes through here and is counted.
+
+    Attributes:
+        model: Callable from images to logits `[draw, member, batch, classes]`, random only through `rng.draw`.
+        images: In [0, 1].
+        labels: True classes.
+        epsilon: Radius, in units of the image.
+        examples: Identity of each example, for its noise.
+        seed: Of the attack's own random numbers and of the draws it averages over.
+        norm: `linf` or `l2`.
+        criterion: The caller's loss in place of the attack's own.
+        sources: Other models that the attacker holds, by name.
+        meter: Counts passes of `model`; passes of `sources` count alike.
+    """
+
+    model: Model
+    images: Float[Tensor, "batch *image"]
+    labels: Int[Tensor, "batch"]
+    epsilon: float
+    examples: Int[Tensor, "batch"]
+    seed: int = 0
+    norm: Norm = "linf"
+    criterion: Criterion | None = None
+    sources: Mapping[str, Model] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
+
+    def child(self, *path: int | str) -> "Problem":
+        """Return the same problem with a seed of its own, for a restart or a stage; passes count together."""
+        return replace(self, seed=rng.derive(self.seed, *path))
+
+    def seeds(self, count: int, *path: int | str) -> list[int]:
+        """Return seeds of `count` draws; the first n do not depend on `count`."""
+        return rng.derive_many(self.seed, count, *path)
+
+    def gradient(
+        self,
+        x: Float[Tensor, "batch *image"],
+        criterion: Criterion,
+        *,
+        seeds: Sequence[int],
+        surrogate: Surrogate | None = None,
+    ) -> tuple[Float[Tensor, "batch *image"], Float[Tensor, "batch"]]:
+        """Return the gradient at `x` of each example's loss over the given draws, and the loss."""
+        self.meter.add(forward=len(seeds), backward=len(seeds))
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad(), rng.draw(seeds, self.examples), (surrogate or Surrogate())():
+            loss = criterion(self.model(leaf))
+            if not loss.requires_grad:  # no path leads back to the image: an honest zero, which self-checks report
+                return torch.zeros_like(leaf), loss.detach()
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+        return torch.zeros_like(leaf) if gradient is None else gradient, loss.detach()
+
+    def loss(
+        self, x: Float[Tensor, "batch *image"], criterion: Criterion, *, seeds: Sequence[int]
+    ) -> Float[Tensor, "batch"]:
+        """Return each example's loss at `x` over the given draws."""
+        return criterion(self.logits(x, seeds=seeds))
+
+    @torch.no_grad()
+    def logits(
+        self, x: Float[Tensor, "batch *image"], *, seeds: Sequence[int]
+    ) -> Float[Tensor, "draw member batch classes"]:
+        """Return the logits at `x` under the given draws."""
+        self.meter.add(forward=len(seeds))
+        with rng.draw(seeds, self.examples):
+            return self.model(x)
+
+    def project(self, x: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch *image"]:
+        """Return the point of the ball within [0, 1] that belongs to `x`."""
+        return project(x, self.images, self.epsilon, self.norm)
+
+    def random_point(self, *path: int | str) -> Float[Tensor, "batch *image"]:
+        """Return a random point of the ball within [0, 1]."""
+        seed = rng.derive(self.seed, *path)
+        return random_point(self.images, self.epsilon, self.norm, seed=seed, examples=self.examples)
+
+    def ascend(
+        self, x: Float[Tensor, "batch *image"], gradient: Float[Tensor, "batch *image"], length: float | Tensor
+    ) -> Float[Tensor, "batch *image"]:
+        """Return the projected step of the given length (a number, or one for each example) in steepest ascent."""
+        return self.project(ascend(x, gradient, length, self.norm))
+
+    def best(
+        self, candidates: Iterable[Float[Tensor, "batch *image"]], criterion: Criterion, *, draws: int
+    ) -> Float[Tensor, "batch *image"]:
+        """Return, for each example, the candidate of the largest loss on common fresh draws.
+
+        A single candidate costs no draw.
+        """
+        seeds = self.seeds(draws, "selection")
+        found: Tensor | None = None
+        value: Tensor | None = None
+        for candidate in candidates:
+            if found is None:
+                found = candidate.clone()
+                continue
+            if value is None:
+                value = self.loss(found, criterion, seeds=seeds)
+            other = self.loss(candidate, criterion, seeds=seeds)
+            better = other > value
+            found[better], value = candidate[better], torch.maximum(value, other)
+        if found is None:
+            raise InputError("expected at least one candidate, got none")
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack(Method, ABC):
     """Find images within `epsilon` of the given ones that a model gets wrong.
@@ -34,6 +154,8 @@ class Attack(Method, ABC):
     An attack knows everything but the draws on which it will be judged. Equal seeds and examples
     give the same images, whatever the batch.
     """
+
+    norms: ClassVar[tuple[Norm, ...]] = ("linf",)
 
     @property
     @abstractmethod
@@ -49,7 +171,9 @@ class Attack(Method, ABC):
         epsilon: float,
         examples: Int[Tensor, "batch"] | None = None,
         seed: int = 0,
+        norm: Norm = "linf",
         criterion: Criterion | None = None,
+        sources: Mapping[str, Model] | None = None,
     ) -> AttackResult:
         """Attack a batch.
 
@@ -57,38 +181,41 @@ class Attack(Method, ABC):
             model: Callable from images to logits `[draw, member, batch, classes]`, random only through `rng.draw`.
             images: In [0, 1].
             labels: True classes.
-            epsilon: Radius in the maximum norm, in units of the image (5/255 is 0.0196).
+            epsilon: Radius of the ball, in units of the image (5/255 is 0.0196).
             examples: Identity of each example; its place in the batch by default.
             seed: Of the attack's own random numbers and of the draws it averages over.
+            norm: `linf`, the maximum norm, or `l2`, where the attack has it.
             criterion: Loss per example `[batch]` of logits `[draw, member, batch, classes]`, to be raised, in place
                 of the attack's own.
+            sources: Other models that the attacker holds, for attacks that name one.
 
         Raises:
-            InputError: for images outside [0, 1] or not finite, labels of the wrong shape, a negative epsilon.
+            InputError: for images outside [0, 1] or not finite, labels of the wrong shape, a negative epsilon, a norm
+                that the attack does not have.
         """
         check_inputs(images, labels, epsilon)
+        if norm not in self.norms:
+            raise InputError(f"expected a norm of {self.label} among {', '.join(self.norms)}, got {norm!r}")
         if examples is None:
             examples = torch.arange(len(images), device=images.device)
         if epsilon == 0:
             return AttackResult(images=images.clone(), cost=Cost())
-        objective = criterion or self._criterion(labels)
-        return self._run(model, images.detach(), epsilon, examples, seed, objective)
+        problem = Problem(
+            model=model,
+            images=images.detach(),
+            labels=labels,
+            epsilon=epsilon,
+            examples=examples,
+            seed=seed,
+            norm=norm,
+            criterion=criterion,
+            sources=sources or {},
+        )
+        return AttackResult(images=self._run(problem), cost=problem.meter.cost)
 
     @abstractmethod
-    def _criterion(self, labels: Int[Tensor, "batch"]) -> Criterion:
-        """Return the attack's own loss."""
-
-    @abstractmethod
-    def _run(
-        self,
-        model: Model,
-        images: Float[Tensor, "batch *image"],
-        epsilon: float,
-        examples: Int[Tensor, "batch"],
-        seed: int,
-        criterion: Criterion,
-    ) -> AttackResult:
-        """Attack checked inputs."""
+    def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
+        """Return adversarial images of a checked problem."""
 
 
 def pooled_loss(
@@ -100,57 +227,90 @@ def pooled_loss(
 ) -> Float[Tensor, "batch"]:
     r"""Return the loss of each example, pooled over draws and members.
 
+    Poolings:
+
     - `mean-loss`: the mean over draws of the loss of the members' mean probability (EOT as the mean of loss gradients).
     - `mean-probability`: the loss of the probability averaged over draws and members.
     - `mean-logits`: the mean over draws of the loss of the members' mean logits.
     - `mean-member-loss`: the mean over draws and members of each one's own loss.
+    - `least-member-loss`: the mean over draws of the least loss among members: that of the one hardest to fool.
+
+    Losses of a view with log-probabilities z, true class y and order statistics $z_{(1)} \ge z_{(2)} \ge \dots$:
+
+    - `cross-entropy`: $-z_y$.
+    - `margin`: $\max_{c \ne y} z_c - z_y$ (Carlini and Wagner, 2017, https://arxiv.org/abs/1608.04644).
+    - `dlr`: the margin over $z_{(1)} - z_{(3)}$, with $z_{(2)}$ for two classes; no scale of the logits changes it
+      (Croce and Hein, 2020, https://arxiv.org/abs/2003.01690, eq. 6).
+    - `scaled-cross-entropy`: cross-entropy after division of each example's z by a temperature, its spread
+      $z_{(1)} - z_{(2)}$ where that exceeds one, held constant: huge logits do not flatten it.
     """
+    return pool(logits, pooling, lambda views: view_loss(views, labels, loss))
+
+
+def targeted_loss(
+    logits: Float[Tensor, "draw member batch classes"],
+    labels: Int[Tensor, "batch"],
+    targets: Int[Tensor, "batch"],
+    *,
+    loss: Loss,
+    pooling: Pooling,
+) -> Float[Tensor, "batch"]:
+    r"""Return the loss of each example that rises as the model takes it for the target class.
+
+    Poolings are those of `pooled_loss`. Losses of a view z with target t: the negative cross-entropies to t, the
+    `margin` $z_t - z_y$, and `dlr`, the margin over $z_{(1)} - (z_{(3)} + z_{(4)}) / 2$ (Croce and Hein, 2020,
+    https://arxiv.org/abs/2003.01690, eq. 7), where missing order statistics are left out.
+    """
+
+    def of_view(views: Tensor) -> Tensor:
+        if loss.endswith("cross-entropy"):
+            return -view_loss(views, targets, loss)
+        margin = _take(views, targets) - _take(views, labels)
+        if loss == "margin":
+            return margin
+        top = views.topk(min(4, views.shape[-1]), -1).values
+        last = top[..., 2:].mean(-1) if top.shape[-1] > 2 else top[..., 1]
+        return margin / (top[..., 0] - last).clamp(min=1e-12)
+
+    return pool(logits, pooling, of_view)
+
+
+def pool(
+    logits: Float[Tensor, "draw member batch classes"], pooling: Pooling, loss: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "batch"]:
+    """Return the mean loss over the views of each example that a pooling makes; see `pooled_loss`."""
     draws, members = logits.shape[:2]
     logp = logits.log_softmax(-1)
     if pooling == "mean-loss":
-        views = logp.logsumexp(1) - math.log(members)
-    elif pooling == "mean-probability":
-        views = (logp.flatten(0, 1).logsumexp(0) - math.log(draws * members))[None]
-    elif pooling == "mean-logits":
-        views = logits.mean(1).log_softmax(-1)
-    else:
-        views = logp.flatten(0, 1)
-    true = views.gather(-1, labels.expand(len(views), -1)[..., None])[..., 0]
-    if loss == "cross-entropy":
-        return -true.mean(0)
-    others = views.scatter(-1, labels.expand(len(views), -1)[..., None], -torch.inf)
-    return (others.amax(-1) - true).mean(0)
+        return loss(logp.logsumexp(1) - math.log(members)).mean(0)
+    if pooling == "mean-probability":
+        return loss((logp.flatten(0, 1).logsumexp(0) - math.log(draws * members))[None])[0]
+    if pooling == "mean-logits":
+        return loss(logits.mean(1).log_softmax(-1)).mean(0)
+    values = loss(logp.flatten(0, 1)).unflatten(0, (draws, members))
+    return (values.amin(1) if pooling == "least-member-loss" else values.mean(1)).mean(0)
 
 
-def loss_gradient(
-    model: Model,
-    images: Float[Tensor, "batch *image"],
-    criterion: Criterion,
-    *,
-    seeds: Sequence[int],
-    examples: Int[Tensor, "batch"],
-    surrogate: Surrogate,
-) -> tuple[Float[Tensor, "batch *image"], Float[Tensor, "batch"]]:
-    """Return the gradient of each example's loss over the given draws, and the loss."""
-    leaf = images.detach().requires_grad_()
-    with torch.enable_grad(), rng.draw(seeds, examples), surrogate():
-        loss = criterion(model(leaf))
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    return gradient, loss.detach()
+def view_loss(
+    views: Float[Tensor, "view batch classes"], labels: Int[Tensor, "batch"], loss: Loss
+) -> Float[Tensor, "view batch"]:
+    """Return the loss of each view of each example; see `pooled_loss`."""
+    if loss == "scaled-cross-entropy":
+        top = views.detach().topk(2, -1).values
+        views = (views / (top[..., :1] - top[..., 1:]).clamp(min=1.0)).log_softmax(-1)
+    true = _take(views, labels)
+    if loss.endswith("cross-entropy"):
+        return -true
+    index = labels.expand(len(views), -1)[..., None]
+    margin = views.scatter(-1, index, -torch.inf).amax(-1) - true
+    if loss == "margin":
+        return margin
+    top = views.topk(min(3, views.shape[-1]), -1).values
+    return margin / (top[..., 0] - top[..., -1]).clamp(min=1e-12)
 
 
-@torch.no_grad()
-def loss_value(
-    model: Model,
-    images: Float[Tensor, "batch *image"],
-    criterion: Criterion,
-    *,
-    seeds: Sequence[int],
-    examples: Int[Tensor, "batch"],
-) -> Float[Tensor, "batch"]:
-    """Return each example's loss over the given draws."""
-    with rng.draw(seeds, examples):
-        return criterion(model(images))
+def _take(views: Float[Tensor, "view batch classes"], classes: Int[Tensor, "batch"]) -> Float[Tensor, "view batch"]:
+    return views.gather(-1, classes.expand(len(views), -1)[..., None])[..., 0]
 
 
 def check_inputs(images: Tensor, labels: Tensor, epsilon: float) -> None:

@@ -1,26 +1,23 @@
-"""Attack by the sign of the gradient: FGSM and PGD, over any number of draws."""
+"""Attack by the gradient: FGSM and PGD, over any number of draws."""
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bitquorum import rng
 from bitquorum.attacks.base import (
     Attack,
-    AttackResult,
     Criterion,
     Loss,
     Pooling,
+    Problem,
     check_choices,
-    loss_gradient,
-    loss_value,
     pooled_loss,
 )
-from bitquorum.geometry import project_linf, random_linf
-from bitquorum.interface import Cost, InputError, Model
+from bitquorum.geometry import Norm, per_example
+from bitquorum.interface import InputError
 from bitquorum.quantizers import Surrogate
 
 
@@ -29,36 +26,48 @@ class GradientAttack(Attack):
     """Share the choices of the attacks that follow a gradient.
 
     Attributes:
-        eot: Number of fresh draws that each gradient averages over.
-        loss: `cross-entropy`, or `margin`: the best wrong log-probability minus the true one.
+        eot: Number of draws that each gradient averages over.
+        loss: As `pooled_loss` has them; `margin` makes PGD the L-inf attack of Carlini and Wagner's loss.
         pooling: How draws and members enter the loss; see `pooled_loss`.
         surrogate: Backward pass that the quantizers show to the attack.
+        common: Whether every step averages over the same draws (common random numbers) rather than over fresh ones.
     """
+
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
 
     eot: int = 1
     loss: Loss = "cross-entropy"
     pooling: Pooling = "mean-loss"
     surrogate: Surrogate = field(default_factory=Surrogate)
+    common: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self.loss, self.pooling)
         if self.eot < 1:
             raise InputError(f"expected eot of at least one draw, got {self.eot}")
 
-    def _options(self) -> str:
-        """Return the choices that differ from the default, for the label."""
-        loss = "" if self.loss == "cross-entropy" else self.loss
+    def _options(self, loss: Loss = "cross-entropy") -> str:
+        """Return the choices that differ from the default, for the label; `loss` is the attack's default loss."""
+        loss_name = "" if self.loss == loss else self.loss
         pooling = "" if self.pooling == "mean-loss" else self.pooling
-        return "".join(f" {option}" for option in (loss, pooling, self.surrogate.label) if option)
+        common = "common draws" if self.common else ""
+        return "".join(f" {option}" for option in (loss_name, pooling, self.surrogate.label, common) if option)
 
     def _criterion(self, labels: Int[Tensor, "batch"]) -> Criterion:
         return lambda logits: pooled_loss(logits, labels, loss=self.loss, pooling=self.pooling)
+
+    def _gradient(
+        self, problem: Problem, x: Float[Tensor, "batch *image"], criterion: Criterion, step: int
+    ) -> tuple[Float[Tensor, "batch *image"], Float[Tensor, "batch"]]:
+        """Return gradient and loss at a step, over the step's draws."""
+        seeds = problem.seeds(self.eot, "step", 0 if self.common else step)
+        return problem.gradient(x, criterion, seeds=seeds, surrogate=self.surrogate)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class FGSM(GradientAttack):
-    """Take one step of size epsilon along the sign of the gradient.
+    """Take one step of length epsilon along the sign of the gradient (for `l2`, along the gradient).
 
     Reference: Goodfellow, Shlens, Szegedy, 2015, https://arxiv.org/abs/1412.6572, section 4.
 
@@ -76,31 +85,16 @@ class FGSM(GradientAttack):
         """Return FGSM, with what differs from the default."""
         return ("FGSM" if self.eot == 1 else f"EOT-FGSM x{self.eot}") + self._options()
 
-    def _run(
-        self,
-        model: Model,
-        images: Float[Tensor, "batch *image"],
-        epsilon: float,
-        examples: Int[Tensor, "batch"],
-        seed: int,
-        criterion: Criterion,
-    ) -> AttackResult:
-        gradient, _ = loss_gradient(
-            model,
-            images,
-            criterion,
-            seeds=rng.derive_many(seed, self.eot, "step", 0),
-            examples=examples,
-            surrogate=self.surrogate,
-        )
-        found = project_linf(images + epsilon * gradient.sign(), images, epsilon)
-        return AttackResult(images=found, cost=Cost(forward=self.eot, backward=self.eot))
+    def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
+        criterion = problem.criterion or self._criterion(problem.labels)
+        gradient, _ = self._gradient(problem, problem.images, criterion, 0)
+        return problem.ascend(problem.images, gradient, problem.epsilon)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class PGD(GradientAttack):
-    """Climb the loss by signed gradient steps, projected onto the ball; EOT when `eot` exceeds one.
+    """Climb the loss by gradient steps of fixed length, projected onto the ball; EOT when `eot` exceeds one.
 
     Each step draws afresh. The projection stands outside the differentiated graph, so that saturated pixels keep their
     gradient. With several restarts the image of the largest loss on `selection` further draws is kept, the same
@@ -144,51 +138,19 @@ class PGD(GradientAttack):
         step = "" if self.step_size is None else f" step={self.step_size:g}"
         return name + restarts + step + momentum + self._options()
 
-    def _run(
-        self,
-        model: Model,
-        images: Float[Tensor, "batch *image"],
-        epsilon: float,
-        examples: Int[Tensor, "batch"],
-        seed: int,
-        criterion: Criterion,
-    ) -> AttackResult:
-        passes = self.restarts * self.steps * self.eot
-        cost = Cost(forward=passes, backward=passes)
-        found = self._climb(model, images, epsilon, examples, rng.derive(seed, "restart", 0), criterion)
-        if self.restarts == 1:
-            return AttackResult(images=found, cost=cost)
-        judges = rng.derive_many(seed, self.selection, "selection")
-        best = loss_value(model, found, criterion, seeds=judges, examples=examples)
-        for restart in range(1, self.restarts):
-            child = rng.derive(seed, "restart", restart)
-            other = self._climb(model, images, epsilon, examples, child, criterion)
-            value = loss_value(model, other, criterion, seeds=judges, examples=examples)
-            better = value > best
-            found[better] = other[better]
-            best = torch.maximum(best, value)
-        return AttackResult(images=found, cost=cost + Cost(forward=self.restarts * self.selection))
+    def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
+        criterion = problem.criterion or self._criterion(problem.labels)
+        ends = (self._climb(problem.child("restart", index), criterion) for index in range(self.restarts))
+        return problem.best(ends, criterion, draws=self.selection)
 
-    def _climb(
-        self,
-        model: Model,
-        images: Float[Tensor, "batch *image"],
-        epsilon: float,
-        examples: Int[Tensor, "batch"],
-        seed: int,
-        criterion: Criterion,
-    ) -> Float[Tensor, "batch *image"]:
-        step = epsilon * (self.step_size or 2.5 / self.steps)
-        x = images
-        if self.random_start:
-            x = random_linf(images, epsilon, seed=rng.derive(seed, "start"), examples=examples)
-        velocity = torch.zeros_like(images)
-        for index in range(self.steps):
-            seeds = rng.derive_many(seed, self.eot, "step", index)
-            gradient, _ = loss_gradient(model, x, criterion, seeds=seeds, examples=examples, surrogate=self.surrogate)
+    def _climb(self, problem: Problem, criterion: Criterion) -> Float[Tensor, "batch *image"]:
+        length = problem.epsilon * (self.step_size or 2.5 / self.steps)
+        x = problem.random_point("start") if self.random_start else problem.images
+        velocity = torch.zeros_like(x)
+        for step in range(self.steps):
+            gradient, _ = self._gradient(problem, x, criterion, step)
             if self.momentum:
-                norm = gradient.abs().flatten(1).mean(1).clamp(min=1e-30)
-                gradient = gradient / norm.view(-1, *[1] * (images.dim() - 1))
+                gradient = gradient / per_example(gradient.abs().flatten(1).mean(1).clamp(min=1e-30), gradient)
             velocity = self.momentum * velocity + gradient
-            x = project_linf(x + step * velocity.sign(), images, epsilon)
+            x = problem.ascend(x, velocity, length)
         return x

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitquorum import kernels, rng
 from bitquorum.interface import InputError
+from bitquorum.quantizers import twin
 from bitquorum.quantizers.laws import WIDEST, Deterministic, Law, Logistic, SmoothLaw
 from bitquorum.quantizers.mean import LAWS, attach_mean, mean_code
 from bitquorum.quantizers.surrogate import Backward, Surrogate, ambient
@@ -108,6 +109,8 @@ class Quantizer(nn.Module):
             noise: Uniform numbers in (0, 1); drawn by `rng` for a batch of activations when omitted.
         """
         z, low, step = self._steps(x)
+        if kind := twin.ambient():
+            return self._decode(self._without_noise(z, kind), low, step).to(x.dtype)
         code = self._draw(z.detach(), noise)
         if torch.is_grad_enabled() and (z.requires_grad or self._scale_is_learned):
             code = self._attach_gradient(code, z)
@@ -261,6 +264,14 @@ class Quantizer(nn.Module):
             return kernels.draw(rng.row_keys(z, self.address), z, law=name, top=self.top, scale=scale)
         u = rng.uniform_like(z, self.address) if noise is None else noise
         return self.law.sample(u, scale).add_(z).clamp_(0, self.top).round_()
+
+    def _without_noise(self, z: Tensor, kind: twin.Twin) -> Tensor:
+        if kind == "mean":
+            law = self.law if self.law.stochastic else Logistic()
+            scale = self.scale() if self.law.stochastic else Logistic().scale
+            return mean_code(z, self.top, law, scale)
+        inside = z.clamp(0, self.top)
+        return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
 
     def _attach_gradient(self, code: Tensor, z: Tensor) -> Tensor:
         chosen = ambient() or self.surrogate

@@ -1,0 +1,104 @@
+"""State an accuracy over images and draws with its interval."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from bitquorum.interface import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """State an accuracy with everything that belongs to it.
+
+    Attributes:
+        value: Expected accuracy in [0, 1].
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        images: Number of images.
+        draws: Number of fresh predictions of each image.
+    """
+
+    value: float
+    low: float
+    high: float
+    images: int
+    draws: int
+
+
+def worst_of(correct: Bool[Tensor, "draws images"], tries: int) -> float:
+    r"""Return the expected accuracy against an attacker who tries each image under `tries` fresh draws.
+
+    An image counts while every try is right. With k of n draws right, $\\binom{k}{R} / \\binom{n}{R}$ is the unbiased
+    estimate of the R-th power of its probability of being right.
+
+    Raises:
+        InputError: if there are fewer draws than tries.
+
+    Examples:
+        >>> worst_of(torch.tensor([[True, True], [True, False], [True, True]]), 2)
+        0.6666666666666666
+    """
+    draws = len(correct)
+    if not 1 <= tries <= draws:
+        raise InputError(f"expected a number of tries from 1 to the {draws} draws at hand, got {tries}")
+    right = correct.sum(0).double()
+    chance = torch.ones_like(right)
+    for index in range(tries):
+        chance = chance * (right - index).clamp(min=0) / (draws - index)
+    return float(chance.mean())
+
+
+def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> Accuracy:
+    r"""Return the mean with a 95 % interval over images and draws.
+
+    The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$,
+    unbiased, and never below that of the images alone. Divided into the variance of one image, $p (1 - p) N / (N - 1)$,
+    it gives an effective number of independent trials, which enters the Wilson score interval, so that the interval
+    stays inside [0, 1] and does not shrink to a point; without noise it is that of N trials. What the images share of a
+    draw's noise is known from R draws only: there Student's quantile takes the place of the normal one. One right
+    prediction more never lowers the upper bound below that of none: images unlike those seen may exist all the same.
+
+    Args:
+        correct: Whether each prediction of each image was right.
+        z: Normal quantile; the default leaves 2.5 % on either side.
+
+    Examples:
+        >>> result = interval(torch.tensor([[True, True, False, True]] * 3))
+        >>> round(result.value, 2), round(result.low, 2), round(result.high, 2)
+        (0.75, 0.3, 0.95)
+    """
+    x = correct.double()
+    draws, images = x.shape
+    p = float(x.mean())
+    by_image = float((x.mean(0) - p).square().sum()) / max(1, images - 1) / images
+    by_draw = float((x.mean(1) - p).square().sum()) / max(1, draws - 1) / draws
+    residual = x - x.mean(0) - x.mean(1, keepdim=True) + p
+    alone = float(residual.square().sum()) / max(1, (draws - 1) * (images - 1)) / x.numel()
+    shared = max(0.0, by_draw - alone)
+    variance = by_image + shared
+    single = p * (1 - p) * images / max(1, images - 1)
+    trials = single / variance if variance > 0 else float(images)
+    trials = min(max(trials, 1.0), float(x.numel()))
+    if shared:
+        z = _student(z, (draws - 1) * (variance / by_draw) ** 2)
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    edge = z * z / (images + z * z)  # what Wilson leaves open when no image, or every image, is right
+    low, high = min(centre - half, 1 - edge), max(centre + half, edge)
+    return Accuracy(value=p, low=max(0.0, low), high=min(1.0, high), images=images, draws=draws)
+
+
+def _student(z: float, degrees: float) -> float:
+    """Return Student's quantile for a normal one (Abramowitz and Stegun, 1964, eq. 26.7.5)."""
+    s = z * z
+    terms = (
+        (s + 1) / 4,
+        ((5 * s + 16) * s + 3) / 96,
+        (((3 * s + 19) * s + 17) * s - 15) / 384,
+        ((((79 * s + 776) * s + 1482) * s - 1920) * s - 945) / 92160,
+    )
+    return z * (1 + sum(term / degrees**power for power, term in enumerate(terms, start=1)))
