@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from bitquorum import experiment as module
 from bitquorum.config import Arm, Experiment, parse
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation
@@ -30,6 +29,7 @@ from bitquorum.experiment import (
     train,
     training_images,
 )
+from bitquorum.experiment import runs as module
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import DataError, InputError, Listener, MissingDataError
 from bitquorum.registry import encode, to_toml

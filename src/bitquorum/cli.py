@@ -94,13 +94,29 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to the stored evaluation, such as `examples=500 draws=50`.")
     ] = None,
+    ladder: Annotated[
+        str | None, typer.Option("--ladder", help="Climb the evaluation ladder instead: quick, standard or full.")
+    ] = None,
+    epsilon: Annotated[
+        list[str] | None,
+        typer.Option("--epsilon", help="Radius for the ladder, such as 5/255; may be given more than once."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", help="Climb with this arm only; may be given more than once.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", help="Add the second opinion of an installed peer, such as autoattack-rand."),
+    ] = None,
     runs: Root = RUNS,
     data: DataRoot = None,
     device: Device = "auto",
 ) -> None:
-    """Attack a trained run, with its own evaluation or a changed one; each evaluation is stored apart.
+    """Attack a trained run, with its own evaluation, a changed one, or the ladder; each is stored apart.
 
-    Example: `bitquorum evaluate digits 'attacks=[{type="pgd", steps=100, restarts=5, eot=20}]' examples=100`.
+    Examples: `bitquorum evaluate digits 'attacks=[{type="pgd", steps=100, restarts=5, eot=20}]' examples=100`,
+    `bitquorum evaluate digits --ladder standard --epsilon 32/255 examples=200`. With the ladder the exit code is 3
+    where a self-check fails.
     """
     from bitquorum import experiment
     from bitquorum.evaluate import Evaluation
@@ -109,6 +125,9 @@ def evaluate(
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
+    if ladder is not None:
+        _climb(stored, ladder, overrides or [], epsilon or [], arm or [], also or [], data, _device(device))
+        return
     table = encode(experiment.experiment_of(stored).evaluation)
     chosen = decode(Evaluation, apply_overrides(table, overrides or []))
     with _resumable(stored), _bars() as listener:
@@ -124,15 +143,26 @@ def show(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Print the stored table of a run, without computing anything."""
-    from bitquorum.experiment import results
-    from bitquorum.report import comparison
+    from bitquorum.experiment import ladder_rows, ladders, results
+    from bitquorum.museum import is_museum, museum_rows
+    from bitquorum.report import bracket, comparison, museum_table
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
     if config:
         print((stored.path / "config.toml").read_text(encoding="utf-8"), end="")
-    elif markdown and (rows := results(stored)):
-        print(comparison(rows).markdown())
+        return
+    if is_museum(stored):
+        tables = [museum_table(rows)] if (rows := museum_rows(stored)) else []
+    else:
+        tables = [comparison(rows)] if (rows := results(stored)) else []
+        tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
+    if markdown and tables:
+        print("\n\n".join(table.markdown() for table in tables))
+    elif is_museum(stored):
+        for table in tables:
+            _print_table(table)
+        out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
     else:
         _show(stored)
 
@@ -151,6 +181,7 @@ def list_(
         return
     from bitquorum.experiment import experiment_of, progress_of
     from bitquorum.interface import BitquorumError
+    from bitquorum.museum import is_museum
     from bitquorum.store import Run
 
     stored = Run.listing(runs)
@@ -159,6 +190,9 @@ def list_(
         return
     rows = []
     for item in stored:
+        if is_museum(item):
+            rows.append((item.path.name, "digits", str(item.config()["seed"]), "the museum"))
+            continue
         try:
             experiment = experiment_of(item)
             state = progress_of(item)
@@ -167,6 +201,38 @@ def list_(
         else:
             rows.append((item.path.name, experiment.data.name, str(experiment.seed), state))
     _print_rows(("run", "data", "seed", "state"), rows)
+
+
+@app.command()
+def museum(
+    exhibits: Annotated[list[str] | None, typer.Argument(help="Names of exhibits; all of them by default.")] = None,
+    images: Annotated[int, typer.Option(help="Number of test images, balanced over classes.")] = 200,
+    ladder: Annotated[str, typer.Option(help="quick, standard or full.")] = "standard",
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", help="Let an installed peer, such as autoattack-rand, judge the same exhibits."),
+    ] = None,
+    runs: Root = RUNS,
+) -> None:
+    """Climb the ladder with broken defences whose undefended twins are known: a benchmark of evaluations.
+
+    The exit code is 3 where the ladder leaves an exhibit more than two points above its twin.
+
+    Example: `bitquorum museum crossmax thermometer-code --also autoattack-standard`.
+    """
+    from bitquorum.museum import NAMES, Museum, visit
+    from bitquorum.registry import encode
+    from bitquorum.report import museum_table
+    from bitquorum.store import Run
+
+    chosen = Museum(exhibits=tuple(exhibits or NAMES), images=images, ladder=ladder, also=tuple(also or ()))
+    with _resumable(Run.create(runs, "museum", encode(chosen))), _bars() as listener:
+        stored, rows = visit(chosen, runs, listener=listener)
+    table = museum_table(rows)
+    _print_table(table)
+    out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
+    if any("NOT reached" in row for row in table.rows):
+        sys.exit(3)
 
 
 @app.command()
@@ -367,14 +433,69 @@ def _device(name: str) -> str:
     return str(device)
 
 
+def _climb(
+    stored: "Run",
+    name: str,
+    overrides: list[str],
+    epsilons: list[str],
+    arms: list[str],
+    also: list[str],
+    data: Path | None,
+    device: str,
+) -> None:
+    """Climb the ladder, print rungs, bracket and verdicts, and end with code 3 if a self-check fails."""
+    from bitquorum import experiment
+    from bitquorum.evaluate import ladder_named
+    from bitquorum.registry import apply_overrides, decode, encode
+    from bitquorum.report import bracket, rungs
+
+    chosen = ladder_named(name)
+    table = encode(chosen) | {"epsilons": epsilons or experiment.usual_epsilons(stored)}
+    chosen = decode(type(chosen), apply_overrides(table, overrides))
+    with _resumable(stored), _bars() as listener:
+        rows = experiment.climb_run(
+            stored, chosen, arms=arms, also=also, device=device, data_root=data, listener=listener
+        )
+    for label, radius in dict.fromkeys((row["arm"], row["epsilon"]) for row in rows if row["name"] == "left"):
+        _print_table(rungs(rows, label, radius))
+    _print_table(bracket(rows))
+    failed = _print_verdicts(experiment.verdicts(stored, chosen))
+    out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
+    if failed:
+        sys.exit(3)
+
+
+def _print_verdicts(rows: list[dict[str, Any]]) -> int:
+    """Print the verdicts of the self-checks, failed ones in red, and return how many failed."""
+    if not rows:
+        return 0
+    table = RichTable("arm", "self-check", "verdict", "reason")
+    for row in rows:
+        verdict = "[green]passed[/green]" if row["passed"] else "[bold red]FAILED[/bold red]"
+        table.add_row(escape(row["arm"]), escape(row["name"]), verdict, escape(row["reason"]))
+    out.print(table)
+    failed = sum(not row["passed"] for row in rows)
+    if failed:
+        err.print(
+            f"[bold red]{failed} self-checks failed:[/bold red] the attack may be weaker than it looks (masked "
+            "gradients); do not quote these accuracies before the reason is found",
+            soft_wrap=True,
+        )
+    return failed
+
+
 def _show(stored: "Run") -> None:
-    from bitquorum.experiment import results
-    from bitquorum.report import comparison, environments
+    from bitquorum.experiment import ladder_rows, ladders, results, verdicts
+    from bitquorum.report import bracket, comparison, environments
 
     if rows := results(stored):
         _print_table(comparison(rows))
     else:
         out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
+    for ladder in ladders(stored):
+        if rows := ladder_rows(stored, ladder):
+            _print_table(bracket(rows))
+            _print_verdicts(verdicts(stored, ladder))
     out.print(f"Computed in {escape(environments(stored.environments()))}.")
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 

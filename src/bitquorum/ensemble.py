@@ -190,6 +190,11 @@ class Ensemble(nn.Module):
         features = tuple(z if len(z) == rows else z.repeat(len(logits), *[1] * (z.dim() - 1)) for z in seen)
         return Outputs(logits=logits, features=features)
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether two draws can differ."""
+        return any(is_stochastic(member) for member in self.members)
+
     def predict(self, logits: Float[Tensor, "draw member batch classes"]) -> Int[Tensor, "prediction batch"]:
         """Return the predicted classes; each prediction consumes `passes` draws."""
         parts = logits.split(self.passes)

@@ -14,7 +14,8 @@ def norm_of(difference: Float[Tensor, "batch *image"], norm: Norm) -> Float[Tens
     """Return the norm of each example's difference.
 
     Examples:
-        >>>         >>> norm_of(torch.tensor([[3.0, -4.0]]), "linf"), norm_of(torch.tensor([[3.0, -4.0]]), "l2")
+        >>> import torch
+        >>> norm_of(torch.tensor([[3.0, -4.0]]), "linf"), norm_of(torch.tensor([[3.0, -4.0]]), "l2")
         (tensor([4.]), tensor([5.]))
     """
     flat = difference.flatten(1)
@@ -30,7 +31,8 @@ def project(
     point of both.
 
     Examples:
-        >>>         >>> project(torch.tensor([[0.9, -0.2]]), torch.tensor([[0.5, 0.1]]), 0.25, "linf")
+        >>> import torch
+        >>> project(torch.tensor([[0.9, -0.2]]), torch.tensor([[0.5, 0.1]]), 0.25, "linf")
         tensor([[0.7500, 0.0000]])
     """
     if norm == "linf":

@@ -17,6 +17,7 @@ from bitquorum.quantizers import Surrogate
 
 Loss = Literal["cross-entropy", "margin", "dlr", "scaled-cross-entropy"]
 Pooling = Literal["mean-loss", "mean-probability", "mean-logits", "mean-member-loss", "least-member-loss"]
+Kind = Literal["none", "white-box", "transfer", "gradient-free"]
 Criterion = Callable[[Tensor], Tensor]
 
 
@@ -152,10 +153,11 @@ class Attack(Method, ABC):
     """Find images within `epsilon` of the given ones that a model gets wrong.
 
     An attack knows everything but the draws on which it will be judged. Equal seeds and examples
-    give the same images, whatever the batch.
+    give the same images, whatever the batch. `norms` are those that it has; `kind` says what the attacker uses.
     """
 
     norms: ClassVar[tuple[Norm, ...]] = ("linf",)
+    kind: ClassVar[Kind] = "white-box"
 
     @property
     @abstractmethod

@@ -28,6 +28,16 @@ class Accuracy:
     images: int
     draws: int
 
+    def text(self) -> str:
+        """Return the value in percent with its interval.
+
+        Examples:
+            >>> Accuracy(value=0.284, low=0.241, high=0.329, images=300, draws=10).text()
+            '28.4 [24, 33] %'
+        """
+        digits = 0 if self.images < 1000 else 1  # no more than the interval's width warrants
+        return f"{100 * self.value:.1f} [{100 * self.low:.{digits}f}, {100 * self.high:.{digits}f}] %"
+
 
 def worst_of(correct: Bool[Tensor, "draws images"], tries: int) -> float:
     r"""Return the expected accuracy against an attacker who tries each image under `tries` fresh draws.

@@ -1,5 +1,7 @@
-"""Tables from stored runs. Nothing in here computes: it reads rows and lays them out."""
+"""Turn stored rows into tables; nothing here computes a result."""
 
-from bitquorum.report.tables import Table, comparison, environments
+from bitquorum.report.ladder import bracket, rungs
+from bitquorum.report.museum import museum_table
+from bitquorum.report.tables import Table, comparison, environments, epsilon_label
 
-__all__ = ["Table", "comparison", "environments"]
+__all__ = ["Table", "bracket", "comparison", "environments", "epsilon_label", "museum_table", "rungs"]

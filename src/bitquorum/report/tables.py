@@ -1,6 +1,6 @@
 """Lay stored rows out as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     members = {row["arm"]: row["members"] for row in rows}
     body = []
     for epsilon, attack in keys:
-        cells = [_percent(found.get((arm, epsilon, attack))) for arm in arms]
+        cells = [percent(found.get((arm, epsilon, attack))) for arm in arms]
         body.append((epsilon_label(epsilon) if epsilon else "0", attack, *cells))
     images = sorted({row["images"] for row in rows})
     draws = sorted({row["draws"] for row in rows})
@@ -82,8 +82,11 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
     return f"{time} on {' and '.join(hardware)}, {last['threads']['intra_op']} threads, {versions}"
 
 
-def _percent(row: dict[str, Any] | None) -> str:
-    if row is None:
+def percent(row: Mapping[str, Any] | None) -> str:
+    """Return a row's accuracy in percent with its interval, where it has one; a dash for no row."""
+    if not row:
         return "-"
+    if "low" not in row:
+        return f"{100 * row['value']:.1f}"
     digits = 0 if row["images"] < 1000 else 1  # of the bounds: no more than the interval's width warrants
     return f"{100 * row['value']:.1f} [{100 * row['low']:.{digits}f}, {100 * row['high']:.{digits}f}]"

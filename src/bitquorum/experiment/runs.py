@@ -26,7 +26,7 @@ from bitquorum.files import (
     save_tensors,
     truncate_jsonl,
 )
-from bitquorum.interface import ConfigError, Cost, DataError, Listener
+from bitquorum.interface import ConfigError, Cost, DataError, Listener, Method
 from bitquorum.registry import digest, encode, to_toml
 from bitquorum.store import Run
 from bitquorum.train import Progress
@@ -75,7 +75,7 @@ def run(
     if _is_trained(experiment, stored) and _is_complete(experiment, experiment.evaluation, results(stored)):
         return stored
     listener = listener or Listener()
-    with _working(stored, experiment, "run"):
+    with working(stored, experiment, "run"):
         train_arms(experiment, stored, device=device, data_root=data_root, listener=listener)
         if _first():
             evaluate_arms(
@@ -101,7 +101,7 @@ def train(
     stored = create(experiment, root)
     if _is_trained(experiment, stored):
         return stored
-    with _working(stored, experiment, "train"):
+    with working(stored, experiment, "train"):
         train_arms(experiment, stored, device=device, data_root=data_root, listener=listener or Listener())
     return stored
 
@@ -119,7 +119,7 @@ def evaluate(
     rows = results(stored, evaluation)
     if _is_complete(experiment, evaluation, rows):
         return rows
-    with _working(stored, experiment, "evaluate"):
+    with working(stored, experiment, "evaluate"):
         return evaluate_arms(
             experiment,
             stored,
@@ -130,10 +130,10 @@ def evaluate(
         )
 
 
-def results(stored: Run, evaluation: Evaluation | None = None) -> list[dict[str, Any]]:
+def results(stored: Run, evaluation: Method | None = None) -> list[dict[str, Any]]:
     """Return the stored rows of an evaluation, by default the experiment's own; none when it has not run."""
     chosen = evaluation or experiment_of(stored).evaluation
-    return read_jsonl(_evaluation_folder(stored, chosen) / "metrics.jsonl")
+    return read_jsonl(evaluation_folder(stored, chosen) / "metrics.jsonl")
 
 
 def progress_of(stored: Run) -> str:
@@ -166,7 +166,7 @@ def evaluate_arms(
     listener: Listener,
 ) -> list[dict[str, Any]]:
     """Attack every arm, cell by cell, and store outcomes and rows."""
-    folder = _evaluation_folder(stored, evaluation)
+    folder = evaluation_folder(stored, evaluation)
     atomic_write(folder / "evaluation.toml", to_toml(encode(evaluation)))
     train = training_images(experiment, data_root)
     test = evaluation.choose(load(experiment.data.name, "test", root=data_root))
@@ -280,7 +280,7 @@ def _train_arm(
 
 
 @contextmanager
-def _working(stored: Run, experiment: Experiment, what: str) -> Iterator[None]:
+def working(stored: Run, experiment: Experiment, what: str) -> Iterator[None]:
     """Lock a run, choose the kernels and note versions, hardware and time."""
     if not _first():
         with kernels.use(experiment.kernels):
@@ -325,7 +325,8 @@ def _statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]
     return mean, std
 
 
-def _evaluation_folder(stored: Run, evaluation: Evaluation) -> Path:
+def evaluation_folder(stored: Run, evaluation: Method) -> Path:
+    """Return the folder of an evaluation: each has its own, named by its digest."""
     return stored.path / "evaluations" / digest(evaluation)
 
 

@@ -1,0 +1,128 @@
+"""Climb the ladder with any module that classifies images in [0, 1]."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bitquorum.attacks import PGD
+from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder
+from bitquorum.evaluate.presets import ladder_named
+from bitquorum.evaluate.selfchecks import Verdict, run_checks
+from bitquorum.foreign import Finding, Wrapped, wrap
+from bitquorum.geometry import Norm
+from bitquorum.interface import Model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Report:
+    """Hold what the ladder left of a model, and whether that may be believed.
+
+    Attributes:
+        climb: Steps, worst adversarial images, and which draws of them are right.
+        verdicts: Of the self-checks.
+        findings: What was noticed about the model, and how the evaluation adapted.
+        tries: Number of tries of the worst-of accuracy.
+    """
+
+    climb: Climb
+    verdicts: tuple[Verdict, ...]
+    findings: tuple[Finding, ...]
+    tries: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every self-check passed."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def __str__(self) -> str:
+        """Return the bracket, what each rung broke, findings and verdicts as text."""
+        climb, worst = self.climb, self.climb.worst
+        lines = [
+            f"clean                       {climb.clean.text()}",
+            f"claim as worded             {climb.claimed.text()}   {climb.steps[1].rung}",
+            f"worst case over the ladder  {worst.text()}   {worst.images} images, {worst.draws} draws",
+            f"worst of {self.tries} tries            {100 * climb.worst_of(self.tries):.1f} %",
+        ]
+        lines += [f"broken by {step.rung}: {step.broke} of {step.attacked}" for step in climb.steps[1:] if step.broke]
+        lines += [f"found: {finding.text}" for finding in self.findings]
+        lines += [f"self-check {v.name}: {'passed' if v.passed else 'FAILED'}; {v.reason}" for v in self.verdicts]
+        return "\n".join(lines)
+
+
+def evaluate_model(
+    model: nn.Module,
+    images: Float[Tensor, "images *image"],
+    labels: Int[Tensor, "images"],
+    *,
+    epsilon: float,
+    ladder: str | Ladder = "standard",
+    norm: Norm | None = None,
+    sources: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Climb the ladder with a model that is ours or anybody's.
+
+    A foreign model is inspected first (`foreign.wrap`): one that is random, in training mode, without gradients or that
+    returns probabilities is adapted to, or refused with a reason. Where its own gradients are zero, or lead less far
+    than relaxed ones in a short trial, attacks see it with relaxed derivatives (`relax`); what they do not see, the
+    relaxed copy or the model's own gradients, is a source of transfer attacks.
+
+    Args:
+        model: From images to logits `[images, classes]`; an `Ensemble` or any module.
+        images: In [0, 1], on the model's device; normalization belongs into the model.
+        labels: True classes.
+        epsilon: Radius, in units of the image.
+        ladder: `quick`, `standard`, `full`, or a ladder of your own; all given images are used.
+        norm: `linf` or `l2`, in place of the ladder's.
+        sources: Other modules that the attacker holds, such as members or an undefended twin, by name.
+        seed: Of attacks and draws.
+
+    Raises:
+        InputError: for bad images or labels, or a model that cannot be judged; the message says why.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        >>> report = evaluate_model(network, torch.rand(8, 1, 4, 4), torch.arange(8) % 3, epsilon=0.1, ladder="quick")
+        >>> report.climb.worst.value <= report.climb.clean.value
+        True
+    """
+    chosen = ladder_named(ladder) if isinstance(ladder, str) else ladder
+    chosen = replace(chosen, epsilons=(epsilon,), examples=0, seed=seed, norm=norm or chosen.norm)
+    wrapped = wrap(model, images, labels)
+    held: dict[str, Model] = {name: wrap(source, images, labels) for name, source in (sources or {}).items()}
+    examples = Examples(images=images, labels=labels, index=torch.arange(len(labels), device=labels.device))
+    shown: Model = wrapped
+    findings: tuple[Finding, ...] = ()
+    if isinstance(wrapped, Wrapped):
+        relaxed, findings = wrapped.relaxed_copy(), wrapped.findings
+        masked = None if wrapped.needs_relaxing else _masked(wrapped, relaxed, examples, chosen, epsilon)
+        if wrapped.needs_relaxing or masked:
+            shown = relaxed
+        findings += (masked,) if masked else ()
+        held = {"own gradient" if masked else "relaxed copy": wrapped if masked else relaxed, **held}
+    climb = chosen(wrapped, examples, epsilon=epsilon, sources=held, shown=shown)
+    verdicts = run_checks(wrapped, examples, chosen, climb, sources=held, shown=shown) if chosen.check_images else []
+    return Report(climb=climb, verdicts=tuple(verdicts), findings=findings, tries=chosen.tries)
+
+
+def _masked(model: Wrapped, relaxed: Wrapped, examples: Examples, ladder: Ladder, epsilon: float) -> Finding | None:
+    """Return a finding if a short attack with relaxed derivatives goes further than one with the model's own."""
+    few = slice(0, 64)
+    chosen = Examples(images=examples.images[few], labels=examples.labels[few], index=examples.index[few])
+    left = []
+    everyone = torch.arange(len(chosen.labels), device=chosen.labels.device)
+    for shown in (model, relaxed):
+        arena = Arena(model=model, shown=shown, examples=chosen, ladder=ladder, sources={})
+        attack = PGD(steps=10, eot=4 if model.stochastic else 1, loss="margin", pooling="mean-probability")
+        found, _ = arena.attack(attack, everyone, epsilon, None)
+        left.append(float(arena.judge(found, everyone).float().mean()))
+    if left[0] - left[1] < 0.05:
+        return None
+    text = (
+        f"a short attack leaves {100 * left[0]:.0f} % by the model's own gradients and {100 * left[1]:.0f} % by "
+        "relaxed ones; attacks see relaxed derivatives"
+    )
+    return Finding(name="masked-gradient", text=text)

@@ -1,0 +1,467 @@
+"""Climb the ladder: a cascade of attacks, cheap ones first, of which each meets what the ones before left standing.
+
+Three sets of draws stay apart. An attack averages over its own. Which of an image's adversarial versions is the worst,
+and whether the image still stands, is decided on *selection* draws by a sequential test. Every accuracy is then stated
+on *judging* draws, which neither the attacks nor the selection saw.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, final, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bitquorum import rng
+from bitquorum.attacks import Attack, Kind
+from bitquorum.data import ImageSet
+from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
+from bitquorum.evaluate.sequential import SequentialTest, Tally
+from bitquorum.geometry import Norm, norm_of
+from bitquorum.interface import Cost, InputError, Method, Model
+from bitquorum.quantizers import Quantizer, Surrogate
+from bitquorum.quantizers.twin import Twin
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """Hold the images under attack: float images in [0, 1], labels, and the identity of each example."""
+
+    images: Float[Tensor, "images *image"]
+    labels: Int[Tensor, "images"]
+    index: Int[Tensor, "images"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Say what one rung did.
+
+    Attributes:
+        rung: Label of the attack, or `clean`.
+        kind: What the attacker uses: `white-box`, `transfer`, `gradient-free`, or `none` for clean images.
+        attacked: Number of images that the rung met.
+        broke: Number of these that stood before and were broken.
+        alone: Accuracy on what the rung made of the images, where it met all of them.
+        left: Accuracy of the worst case over the rungs so far, on all images.
+        cost: Passes of each image that it met.
+        largest: Largest perturbation, in the norm of the ladder.
+    """
+
+    rung: str
+    kind: Kind
+    attacked: int
+    broke: int
+    alone: Accuracy | None
+    left: Accuracy
+    cost: Cost
+    largest: float
+
+
+@dataclass(kw_only=True, eq=False)
+class Climb:
+    """Hold how far the ladder has come at one epsilon; complete once every rung has been climbed.
+
+    Attributes:
+        epsilon: Radius.
+        steps: What each rung did, clean images first.
+        images: The worst version of each image so far.
+        rate: Its estimated probability of being right, on selection draws.
+        standing: Whether the image still stands.
+        broken_by: Number of the step that made the worst version.
+        correct: Whether each judging draw of the worst version is right.
+        claim: The same for the versions of the claim's rung alone.
+    """
+
+    epsilon: float
+    steps: list[Step]
+    images: Float[Tensor, "images *image"]
+    rate: Float[Tensor, "images"]
+    standing: Bool[Tensor, "images"]
+    broken_by: Int[Tensor, "images"]
+    correct: Bool[Tensor, "draws images"]
+    claim: Bool[Tensor, "draws images"]
+
+    @property
+    def clean(self) -> Accuracy:
+        """Accuracy on clean images."""
+        return self.steps[0].left
+
+    @property
+    def claimed(self) -> Accuracy:
+        """Accuracy under the claim's rung alone: the attacker backpropagates through the quantizers."""
+        return interval(self.claim)
+
+    @property
+    def worst(self) -> Accuracy:
+        """Accuracy of the worst case over all rungs."""
+        return interval(self.correct)
+
+    def worst_of(self, tries: int) -> float:
+        """Return the accuracy of the worst case against an attacker who tries each image `tries` times."""
+        return worst_of(self.correct, tries)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ladder(Method):
+    """Attack a model by one rung after the other and state what the worst of them leaves.
+
+    The claim's rung meets every image, so that its accuracy stands on its own. Every later rung meets the images that
+    still stand, or all of them where `everywhere` is set. Rungs that cannot differ on the model at hand are left out:
+    see `rungs_for`.
+
+    Attributes:
+        name: For tables.
+        claim: The attack of the claim as worded: projected gradient descent through the stochastic quantizer.
+        rungs: The other attacks, in order.
+        epsilons: Radii, in units of the image.
+        norm: `linf` or `l2`; every rung must have it.
+        examples: Number of test images, balanced over classes; 0 for all.
+        draws: Judging draws.
+        survivors: Decides on selection draws which images still stand.
+        batch_size: Images attacked at once; it changes results by rounding alone.
+        everywhere: Whether every rung meets every image.
+        tries: Number of tries of the attacker in the worst-of accuracy.
+        check_images: Number of images for the self-checks; 0 leaves them out.
+        seed: Of the choice of images, of attacks and of draws.
+    """
+
+    name: str
+    claim: Attack
+    rungs: tuple[Attack, ...]
+    epsilons: tuple[float, ...] = (5 / 255,)
+    norm: Norm = "linf"
+    examples: int = 500
+    draws: int = 50
+    survivors: SequentialTest = field(default_factory=SequentialTest)
+    batch_size: int = 100
+    everywhere: bool = False
+    tries: int = 5
+    check_images: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)) or min(self.epsilons) <= 0:
+            raise InputError(f"expected increasing positive epsilons, got {self.epsilons}")
+        if min(self.draws, self.batch_size) < 1 or min(self.examples, self.check_images) < 0:
+            raise InputError(
+                "expected at least one draw and one image per batch, and numbers of images of at least 0, got "
+                f"{self.draws}, {self.batch_size}, {self.examples} and {self.check_images}"
+            )
+        if not 1 <= self.tries <= self.draws:
+            raise InputError(f"expected tries from 1 to the {self.draws} draws, got {self.tries}")
+        labels = [attack.label for attack in (self.claim, *self.rungs)]
+        if len(set(labels)) != len(labels):
+            raise InputError(f"expected rungs with different labels, got {labels}")
+        for attack in (self.claim, *self.rungs):
+            if self.norm not in attack.norms:
+                raise InputError(f"expected rungs that have the norm {self.norm}, got {attack.label}")
+
+    def choose(self, data: ImageSet) -> ImageSet:
+        """Return the images to evaluate on: those of an `Evaluation` of equal number and seed."""
+        if not self.examples or self.examples >= len(data):
+            return data
+        return data.take(self.examples, seed=rng.derive(self.seed, "examples"))
+
+    def rungs_for(self, model: Model, sources: Collection[str] = ()) -> tuple[Attack, ...]:
+        """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
+
+        A model without noise needs one draw a step, one without our quantizers no choice of their backward pass and no
+        copy without their noise, one with a single member and no noise no choice of pooling. What is equal then is
+        climbed once. A rung whose source is `*` stands for one rung for each of `sources`.
+        """
+        chosen: dict[str, Attack] = {}
+        for attack in (self.claim, *self.rungs):
+            for rung in _with_sources(attack, sources):
+                if getattr(rung, "source", None) in get_args(Twin) and not is_quantized(model):
+                    continue
+                fitted = _fit(rung, model)
+                chosen.setdefault(fitted.label, fitted)
+        return tuple(chosen.values())
+
+    def passes(self, model: Model, sources: Collection[str] = ()) -> Cost:
+        """Return the passes of an image that stands to the end, by a dry run of every rung on a model of ten pixels."""
+        total = Cost()
+        for attack in self.rungs_for(model, sources):
+            total = total + _price(attack, self.norm, _members(model))
+        return total
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Model,
+        examples: Examples,
+        *,
+        epsilon: float,
+        sources: Mapping[str, Model] | None = None,
+        shown: Model | None = None,
+        climb: Climb | None = None,
+        on_step: Callable[[Climb], None] | None = None,
+        on_batch: Callable[[str, int, int], None] | None = None,
+    ) -> Climb:
+        """Climb at one epsilon.
+
+        Args:
+            model: With `predict` and `passes`, such as an `Ensemble` in evaluation mode or a wrapped module.
+            examples: Images, labels and identities, on the model's device.
+            epsilon: Radius.
+            sources: Other models that the attacker holds, by the names that rungs give them.
+            shown: What the attacks see in place of the model: the same outputs with other gradients (BPDA).
+            climb: Of an earlier, interrupted call; its rungs are not climbed again.
+            on_step: Called after every rung with the climb so far.
+            on_batch: Called with the rung's label, batches done and batches in all.
+        """
+        arena = Arena(model=model, shown=shown or model, examples=examples, ladder=self, sources=sources or {})
+        climb = climb or arena.start(epsilon)
+        rungs = self.rungs_for(model, list(arena.sources))
+        for number, attack in enumerate(rungs, start=1):
+            if number < len(climb.steps):
+                continue
+            everyone = torch.arange(len(examples.labels), device=examples.labels.device)
+            met = everyone if number == 1 or self.everywhere else everyone[climb.standing]
+            arena.climb(climb, attack, met, on_batch)
+            if on_step:
+                on_step(climb)
+        return climb
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arena:
+    """Bring model, images and ladder together: attack, score on selection draws, judge on judging draws.
+
+    Attributes:
+        model: Is judged; has `predict` and `passes`.
+        shown: Is attacked: the model itself, or one of the same outputs with other gradients.
+        examples: Images, labels and identities.
+        ladder: Draws, seeds and batch size.
+        sources: Other models that the attacker holds.
+    """
+
+    model: Any
+    shown: Model
+    examples: Examples
+    ladder: Ladder
+    sources: Mapping[str, Model]
+
+    def start(self, epsilon: float) -> Climb:
+        """Judge the clean images."""
+        images = self.examples.images
+        everyone = torch.arange(len(images), device=images.device)
+        tally, correct = self.score(images, everyone), self.judge(images, everyone)
+        accuracy = interval(correct)
+        step = Step(
+            rung="clean",
+            kind="none",
+            attacked=0,
+            broke=int(tally.broken.sum()),
+            alone=accuracy,
+            left=accuracy,
+            cost=Cost(),
+            largest=0.0,
+        )
+        return Climb(
+            epsilon=epsilon,
+            steps=[step],
+            images=images.clone(),
+            rate=tally.rate,
+            standing=~tally.broken,
+            broken_by=torch.zeros_like(self.examples.labels),
+            correct=correct,
+            claim=correct,
+        )
+
+    def climb(
+        self,
+        climb: Climb,
+        attack: Attack,
+        met: Int[Tensor, "met"],
+        on_batch: Callable[[str, int, int], None] | None,
+    ) -> None:
+        """Let one attack meet the chosen images and keep what is worse than before."""
+        found, cost = self.attack(attack, met, climb.epsilon, on_batch)
+        tally = self.score(found, met)
+        worse = self._confirm(climb, found, met, tally)
+        everyone = len(met) == len(climb.images)
+        judged = torch.ones_like(worse) if everyone else worse
+        correct = climb.correct[:, met]
+        correct[:, judged] = self.judge(found[judged], met[judged])
+        changed, number = met[worse], len(climb.steps)
+        broke = int((tally.broken & climb.standing[met]).sum())
+        climb.images[changed], climb.rate[changed] = found[worse], tally.rate[worse]
+        climb.broken_by[changed] = number
+        climb.standing[met] &= ~tally.broken
+        climb.correct = climb.correct.clone()
+        climb.correct[:, changed] = correct[:, worse]
+        if number == 1:
+            climb.claim = correct
+        moved = norm_of(found - self.examples.images[met], self.ladder.norm)
+        step = Step(
+            rung=attack.label,
+            kind=attack.kind,
+            attacked=len(met),
+            broke=broke,
+            alone=interval(correct) if everyone else None,
+            left=interval(climb.correct),
+            cost=cost,
+            largest=float(moved.max()) if len(met) else 0.0,
+        )
+        climb.steps.append(step)
+
+    def attack(
+        self,
+        attack: Attack,
+        met: Int[Tensor, "met"],
+        epsilon: float,
+        on_batch: Callable[[str, int, int], None] | None,
+    ) -> tuple[Float[Tensor, "met *image"], Cost]:
+        """Return the adversarial versions of the chosen images, and the passes of each."""
+        seed = rng.derive(self.ladder.seed, "attack", attack.label, repr(epsilon))
+        found, cost = self.examples.images[met], Cost()
+        parts = met.split(self.ladder.batch_size)
+        for number, rows in enumerate(parts, start=1):
+            result = attack(
+                self.shown,
+                self.examples.images[rows],
+                self.examples.labels[rows],
+                epsilon=epsilon,
+                examples=self.examples.index[rows],
+                seed=seed,
+                norm=self.ladder.norm,
+                sources=self.sources,
+            )
+            first = (number - 1) * self.ladder.batch_size
+            found[first : first + len(rows)], cost = result.images, result.cost
+            if on_batch:
+                on_batch(attack.label, number, len(parts))
+        return found, cost
+
+    def score(self, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"]) -> Tally:
+        """Test on selection draws which of the versions stand."""
+        noisy = is_noisy(self.model)
+        test = self.ladder.survivors if noisy else None
+        parts = []
+        for first in range(0, len(met), self.ladder.batch_size):
+            rows = slice(first, first + self.ladder.batch_size)
+
+            def predict(chosen: Tensor, start: int, count: int, rows: slice = rows) -> Tensor:
+                return self.right(found[rows][chosen], met[rows][chosen], "selection", start, count)
+
+            size = len(met[rows])
+            if test is not None:
+                parts.append(test(predict, size, block=4, device=found.device))
+                continue
+            right = predict(torch.arange(size, device=found.device), 0, 1)[0]
+            parts.append(Tally(right=right.long(), draws=torch.ones_like(right).long(), broken=~right))
+        if not parts:
+            empty = torch.zeros(0, dtype=torch.int64, device=found.device)
+            return Tally(right=empty, draws=empty, broken=empty.bool())
+        return Tally(
+            right=torch.cat([part.right for part in parts]),
+            draws=torch.cat([part.draws for part in parts]),
+            broken=torch.cat([part.broken for part in parts]),
+        )
+
+    def _confirm(
+        self, climb: Climb, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"], tally: Tally
+    ) -> Bool[Tensor, "met"]:
+        """Return which versions are worse than the ones before: at a lower rate, and no higher one on further draws.
+
+        The first few draws of a version decide little more than luck; without the second look a weaker attack that is
+        lucky on them would push out a stronger one's version.
+        """
+        worse = tally.rate < climb.rate[met]
+        if not is_noisy(self.model):
+            return worse
+        first, count = self.ladder.survivors.most, 2 * self.ladder.survivors.most
+        for rows in (worse & ~tally.broken).nonzero()[:, 0].split(self.ladder.batch_size):
+            new, old = (
+                self._rate(version, met[rows], first, count) for version in (found[rows], climb.images[met[rows]])
+            )
+            worse[rows] = new <= old
+        return worse
+
+    def _rate(self, version: Tensor, rows: Int[Tensor, "chosen"], first: int, count: int) -> Float[Tensor, "chosen"]:
+        parts = [
+            self.right(version, rows, "selection", start, min(8, first + count - start))
+            for start in range(first, first + count, 8)
+        ]
+        return torch.cat(parts).float().mean(0)
+
+    def judge(self, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"]) -> Bool[Tensor, "draws met"]:
+        """Return whether each judging draw of each version is right; a model without noise is asked once."""
+        draws, count = self.ladder.draws, self.ladder.draws if is_noisy(self.model) else 1
+        correct = torch.zeros(draws, len(met), dtype=torch.bool, device=found.device)
+        for first in range(0, len(met), self.ladder.batch_size):
+            rows = slice(first, first + self.ladder.batch_size)
+            for start in range(0, count, 5):
+                number = min(5, count - start)
+                correct[start : start + number, rows] = self.right(found[rows], met[rows], "judge", start, number)
+        return correct if count == draws else correct[:1].expand(draws, -1).clone()
+
+    def right(
+        self, found: Float[Tensor, "chosen *image"], rows: Int[Tensor, "chosen"], purpose: str, first: int, count: int
+    ) -> Bool[Tensor, "draws chosen"]:
+        """Return whether each of some predictions of some versions is right."""
+        passes, seed = self.model.passes, rng.derive(self.ladder.seed, purpose)
+        seeds = [rng.derive(seed, "draw", first + draw, part) for draw in range(count) for part in range(passes)]
+        with rng.draw(seeds, self.examples.index[rows]):
+            return self.model.predict(self.model(found)) == self.examples.labels[rows]
+
+
+def is_noisy(model: Model) -> bool:
+    """Return whether two draws of a model can differ; one that does not say is taken to be random."""
+    return bool(getattr(model, "stochastic", True))
+
+
+@lru_cache(maxsize=64)
+def _price(attack: Attack, norm: Norm, members: int) -> Cost:
+    """Return the passes of an attack, which depend neither on the image nor on the network."""
+    image, label = torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
+
+    def model(images: Tensor) -> Tensor:
+        ambient = rng.current()
+        draws = len(ambient.seeds) if ambient else 1
+        logits = images.flatten(1)[:, :10] * torch.linspace(0.5, 1.5, 10)
+        return logits.expand(draws, members, -1, -1)
+
+    class Anything(dict[str, Model]):
+        def __missing__(self, key: str) -> Model:
+            return model
+
+    return attack(model, image, label, epsilon=0.1, norm=norm, sources=Anything()).cost
+
+
+def is_quantized(model: Model) -> bool:
+    """Return whether a model has quantizers of ours."""
+    return isinstance(model, torch.nn.Module) and any(isinstance(module, Quantizer) for module in model.modules())
+
+
+def _with_sources(attack: Attack, sources: Collection[str]) -> list[Attack]:
+    """Return the attack, or one for each source where its own is `*`."""
+    if getattr(attack, "source", None) != "*":
+        return [attack]
+    return [replace(attack, **{"source": name}) for name in sources]
+
+
+def _fit(attack: Attack, model: Model) -> Attack:
+    """Return an attack without the choices that cannot differ on a model."""
+    names = {item.name for item in fields(attack)}
+    changes: dict[str, Any] = {}
+    if not is_noisy(model):
+        changes |= {name: 1 for name in ("eot", "selection", "draws") if name in names}
+        changes |= {name: False for name in ("common", "fresh") if name in names}
+    if not is_quantized(model) and "surrogate" in names:
+        changes["surrogate"] = Surrogate()
+    if _members(model) == 1 and not is_noisy(model) and "pooling" in names:
+        changes["pooling"] = "mean-loss"
+    if "attack" in names:
+        inner: Attack = attack.attack  # type: ignore[attr-defined]
+        changes["attack"] = _fit(inner, model)
+    return replace(attack, **changes)
+
+
+def _members(model: Model) -> int:
+    return len(model.members) if isinstance(model, Ensemble) else 1

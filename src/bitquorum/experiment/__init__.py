@@ -1,0 +1,37 @@
+"""Run experiments into the store: build, train, attack; every part resumes where a kill left it."""
+
+from bitquorum.experiment.ladder import climb_run, ladder_rows, ladders, usual_epsilons, verdicts
+from bitquorum.experiment.runs import (
+    build,
+    create,
+    evaluate,
+    evaluate_arms,
+    experiment_of,
+    progress_of,
+    restore_ensemble,
+    results,
+    run,
+    train,
+    train_arms,
+    training_images,
+)
+
+__all__ = [
+    "build",
+    "climb_run",
+    "create",
+    "evaluate",
+    "evaluate_arms",
+    "experiment_of",
+    "ladder_rows",
+    "ladders",
+    "progress_of",
+    "restore_ensemble",
+    "results",
+    "run",
+    "train",
+    "train_arms",
+    "training_images",
+    "usual_epsilons",
+    "verdicts",
+]

@@ -1,0 +1,272 @@
+"""Climb the ladder with every arm of a stored run, and store steps, outcomes, adversarial images and verdicts."""
+
+import json
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitquorum.config import Arm, Experiment
+from bitquorum.data import ImageSet, load
+from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Step, Verdict, interval, run_checks
+from bitquorum.experiment.runs import experiment_of, restore_ensemble, training_images, working
+from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors
+from bitquorum.interface import Cost, DataError, Listener
+from bitquorum.peers import check_peer, second_opinion
+from bitquorum.registry import decode, digest, encode, to_toml
+from bitquorum.store import Run
+
+
+def climb_run(
+    stored: Run,
+    ladder: Ladder,
+    *,
+    arms: Sequence[str] = (),
+    also: Sequence[str] = (),
+    device: str = "cpu",
+    data_root: Path | None = None,
+    listener: Listener | None = None,
+) -> list[dict[str, Any]]:
+    """Climb the ladder with the arms of a trained run and return the rows of the result.
+
+    Every other arm is a source of transfer attacks, as a separately trained ensemble. A killed call resumes after the
+    last rung that was climbed; finished arms are not climbed again.
+
+    Args:
+        stored: A trained run.
+        ladder: What to climb, with its epsilons.
+        arms: Names of the arms to climb with; all of them by default.
+        also: Names of peers whose second opinion is added; see `peers`.
+        device: Where to compute.
+        data_root: Folder of data sets.
+        listener: Hears of progress.
+
+    Raises:
+        BitquorumError: if an arm or a peer is unknown or not trained, data are missing, or a stored file is corrupt.
+    """
+    experiment = experiment_of(stored)
+    chosen = _choose(experiment, arms)
+    for name in also:
+        check_peer(name)
+    folder = ladder_folder(stored, ladder)
+    parts = [*(f"{arm.name}/verdicts.jsonl" for arm in chosen), *_opinion_files(chosen, ladder, also)]
+    if all((folder / part).exists() for part in parts):
+        return _collect(folder, experiment, ladder)
+    listener = listener or Listener()
+    with working(stored, experiment, f"ladder {ladder.name}"):
+        atomic_write(folder / "ladder.toml", to_toml(encode(ladder)))
+        train = training_images(experiment, data_root)
+        test = ladder.choose(load(experiment.data.name, "test", root=data_root))
+        ensembles = {arm.name: _restore(experiment, arm, train, stored, device) for arm in experiment.arms}
+        examples = _examples(test, device)
+        for arm in chosen:
+            others = {name: ensemble for name, ensemble in ensembles.items() if name != arm.name}
+            if not (folder / arm.name / "verdicts.jsonl").exists():
+                _climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
+            for name in also:
+                _ask(folder / arm.name, ladder, ensembles[arm.name], examples, name, listener)
+        rows = _collect(folder, experiment, ladder)
+        atomic_write(folder / "metrics.jsonl", "".join(json_row(row) for row in rows))
+    return rows
+
+
+def usual_epsilons(stored: Run) -> list[float]:
+    """Return the middle one of the epsilons of a run's own evaluation: the ladder's epsilon unless one is given."""
+    epsilons = experiment_of(stored).evaluation.epsilons
+    return [epsilons[len(epsilons) // 2]]
+
+
+def ladder_folder(stored: Run, ladder: Ladder) -> Path:
+    """Return the folder of a ladder: each has its own, named by its digest."""
+    return stored.path / "ladders" / digest(ladder)
+
+
+def ladders(stored: Run) -> list[Ladder]:
+    """Return the ladders that have been climbed with a run, at least with some of its arms."""
+    found = sorted((stored.path / "ladders").glob("*/ladder.toml"))
+    return [decode(Ladder, tomllib.loads(path.read_text(encoding="utf-8"))) for path in found]
+
+
+def ladder_rows(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
+    """Return the stored rows of a ladder; none before it was climbed to the end."""
+    return read_jsonl(ladder_folder(stored, ladder) / "metrics.jsonl")
+
+
+def verdicts(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
+    """Return the stored verdicts of the self-checks, one row for each arm, epsilon and check."""
+    folder = ladder_folder(stored, ladder)
+    return [row for path in sorted(folder.glob("*/verdicts.jsonl")) for row in read_jsonl(path)]
+
+
+def _choose(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
+    known = {arm.name: arm for arm in experiment.arms}
+    for name in names:
+        if name not in known:
+            raise DataError(f"expected an arm among {', '.join(known)}, got {name!r}")
+    return [known[name] for name in names] if names else list(experiment.arms)
+
+
+def _restore(experiment: Experiment, arm: Arm, train: ImageSet, stored: Run, device: str) -> Ensemble:
+    return restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
+
+
+def _examples(test: ImageSet, device: str) -> Examples:
+    batch = test.batch(torch.arange(len(test)), device=device)
+    return Examples(images=batch.images, labels=batch.labels, index=batch.examples)
+
+
+def _climb_arm(
+    folder: Path,
+    ladder: Ladder,
+    model: Ensemble,
+    others: dict[str, Ensemble],
+    examples: Examples,
+    listener: Listener,
+) -> None:
+    found: list[Verdict] = []
+    rows: list[dict[str, Any]] = []
+    for epsilon in ladder.epsilons:
+        path = folder / f"climb@{epsilon:.6f}.safetensors"
+        started = time.monotonic()
+        before = _read(path, examples.images.device) if path.exists() else None
+
+        def keep(climb: Climb, path: Path = path) -> None:
+            nonlocal started
+            _write(path, climb, examples)
+            now = time.monotonic()
+            row = {"epsilon": climb.epsilon, "rung": climb.steps[-1].rung, "seconds": round(now - started, 1)}
+            append_jsonl(path.parent / "seconds.jsonl", [row])
+            started = now
+
+        passes = ladder.passes(model, list(others))
+        listener.begin(f"ladder {folder.name}", 0)
+        climb = ladder(
+            model,
+            examples,
+            epsilon=epsilon,
+            sources=others,
+            climb=before,
+            on_step=keep,
+            on_batch=lambda rung, done, total, passes=passes: listener.advance(
+                done, f"of {total} batches, {rung} (to the end {passes.forward} + {passes.backward} passes an image)"
+            ),
+        )
+        listener.end()
+        if ladder.check_images:
+            listener.begin(f"self-checks {folder.name}", 0)
+            found = run_checks(model, examples, ladder, climb, sources=others)
+            listener.end()
+        rows += [{"arm": folder.name, "epsilon": epsilon, **asdict(verdict)} for verdict in found]
+    atomic_write(folder / "verdicts.jsonl", "".join(json_row(row) for row in rows))
+
+
+def _opinion_files(arms: Sequence[Arm], ladder: Ladder, names: Sequence[str]) -> list[str]:
+    return [f"{arm.name}/{name}@{epsilon:.6f}.json" for arm in arms for name in names for epsilon in ladder.epsilons]
+
+
+def _ask(folder: Path, ladder: Ladder, model: Ensemble, examples: Examples, name: str, listener: Listener) -> None:
+    """Store a peer's second opinion: its images, judged on the same draws as ours."""
+    everyone = torch.arange(len(examples.labels), device=examples.labels.device)
+    for epsilon in ladder.epsilons:
+        path = folder / f"{name}@{epsilon:.6f}.json"
+        if path.exists():
+            continue
+        listener.begin(f"second opinion of {name} on {folder.name}", 0)
+        opinion = second_opinion(
+            name, model, examples.images, examples.labels, epsilon=epsilon, norm=ladder.norm, seed=ladder.seed
+        )
+        arena = Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={})
+        accuracy = interval(arena.judge(opinion.images, everyone))
+        row = {
+            **asdict(accuracy),
+            "attack": f"{name} {opinion.version}",
+            "epsilon": epsilon,
+            "claimed": opinion.claimed,
+        }
+        atomic_write(path, json_row({**row, "seconds": round(opinion.seconds, 1)}))
+        listener.end()
+
+
+def _write(path: Path, climb: Climb, examples: Examples) -> None:
+    """Store a climb: outcomes of each image, the worst version of each, and the steps so far."""
+    tensors = {
+        "images": climb.images,
+        "rate": climb.rate,
+        "standing": climb.standing.to(torch.uint8),
+        "broken_by": climb.broken_by,
+        "correct": climb.correct.to(torch.uint8),
+        "claim": climb.claim.to(torch.uint8),
+        "labels": examples.labels,
+        "examples": examples.index,
+    }
+    steps = json.dumps([asdict(step) for step in climb.steps])
+    save_tensors(
+        path,
+        {name: value.contiguous().cpu() for name, value in tensors.items()},
+        {"epsilon": repr(climb.epsilon), "steps": steps},
+    )
+
+
+def _read(path: Path, device: torch.device | str = "cpu") -> Climb:
+    stored, facts = load_tensors(path)
+    tensors = {name: value.to(device) for name, value in stored.items()}
+    try:
+        steps = [_step(row) for row in json.loads(facts["steps"])]
+        flags: dict[str, Tensor] = {name: tensors[name].bool() for name in ("standing", "correct", "claim")}
+        return Climb(
+            epsilon=float(facts["epsilon"]),
+            steps=steps,
+            images=tensors["images"],
+            rate=tensors["rate"],
+            broken_by=tensors["broken_by"],
+            **flags,
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"expected the state of a ladder at {path}, got: {error}; remove it") from error
+
+
+def _step(row: dict[str, Any]) -> Step:
+    accuracies = {name: row[name] and Accuracy(**row[name]) for name in ("alone", "left")}
+    return Step(**{**row, **accuracies, "cost": Cost(**row["cost"])})
+
+
+def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str, Any]]:
+    """Return the rows of all climbed arms: the bracket, then each rung."""
+    rows: list[dict[str, Any]] = []
+    for arm in experiment.arms:
+        for path in sorted((folder / arm.name).glob("climb@*.safetensors")):
+            climb = _read(path)
+            common = {"arm": arm.name, "members": arm.precision, "split": "test"}
+            rows += _rows(common, climb, ladder)
+        for path in sorted((folder / arm.name).glob("*.json")):
+            row = {key: value for key, value in read_jsonl(path)[0].items() if key != "seconds"}
+            rows.append({"arm": arm.name, "members": arm.precision, "split": "test", "name": "second opinion", **row})
+    return rows
+
+
+def _rows(common: dict[str, Any], climb: Climb, ladder: Ladder) -> list[dict[str, Any]]:
+    def row(attack: str, epsilon: float, accuracy: Accuracy, **more: Any) -> dict[str, Any]:
+        return {**common, "attack": attack, "epsilon": epsilon, **asdict(accuracy), **more}
+
+    claim, tries = climb.steps[1], ladder.tries
+    worst = climb.worst
+    rows = [
+        row("clean", 0.0, climb.clean, name="accuracy"),
+        row(f"claim: {claim.rung}", climb.epsilon, climb.claimed, name="accuracy"),
+        row("worst", climb.epsilon, worst, name="accuracy"),
+        {**row("worst", climb.epsilon, worst, name=f"worst of {tries} tries"), "value": climb.worst_of(tries)},
+    ]
+    del rows[-1]["low"], rows[-1]["high"]
+    for number, step in enumerate(climb.steps):
+        made = int((climb.broken_by == number).sum())
+        facts = {"step": number, "kind": step.kind, "attacked": step.attacked, "broke": step.broke, "worst_by": made}
+        facts |= {f"alone_{key}": value for key, value in asdict(step.alone).items()} if step.alone else {}
+        facts |= {"forward": step.cost.forward, "backward": step.cost.backward, "largest_perturbation": step.largest}
+        rows.append(row(step.rung, climb.epsilon, step.left, name="left", **facts))
+    return rows

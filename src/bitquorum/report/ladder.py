@@ -1,0 +1,63 @@
+"""Lay the rows of a ladder out as tables: the bracket, and what each rung did."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitquorum.report.tables import Table, epsilon_label, percent
+
+
+def bracket(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the bracket: clean, the claim as worded, and the worst case over the ladder, arms side by side."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    epsilons = sorted({row["epsilon"] for row in rows if row["epsilon"]})
+    body: list[tuple[str, ...]] = [("", "members", *(_first(rows, arm=arm)["members"] for arm in arms))]
+    body.append(("0", "clean", *(percent(_first(rows, arm=arm, attack="clean")) for arm in arms)))
+    for epsilon in epsilons:
+        here = [row for row in rows if row["epsilon"] == epsilon]
+        claim = next(row["attack"] for row in here if row["attack"].startswith("claim: "))
+        tries = next((row["name"] for row in here if row["name"].startswith("worst of ")), "")
+        label = epsilon_label(epsilon)
+        for text, wanted in (
+            (f"claim as worded ({claim.removeprefix('claim: ')})", {"attack": claim}),
+            ("worst case over the ladder", {"attack": "worst", "name": "accuracy"}),
+            (tries, {"name": tries}),
+        ):
+            found = [_first(here, arm=arm, **wanted) for arm in arms]
+            body.append((label, text, *(percent(row) for row in found)))
+        opinions = dict.fromkeys(row["attack"] for row in here if row["name"] == "second opinion")
+        for attack in opinions:
+            found = [_first(here, arm=arm, attack=attack, name="second opinion") for arm in arms]
+            body.append((label, attack, *(percent(row) for row in found)))
+    return Table(header=("epsilon", "accuracy", *arms), rows=tuple(body), note=_note(rows))
+
+
+def rungs(rows: Sequence[dict[str, Any]], arm: str, epsilon: float) -> Table:
+    """Return what each rung did: images met and broken, worst case after it, passes of each image."""
+    steps = [row for row in rows if row["arm"] == arm and row["epsilon"] == epsilon and row["name"] == "left"]
+    body = []
+    for row in steps:
+        alone = f"{100 * row['alone_value']:.1f}" if "alone_value" in row else "-"
+        passes = f"{row['forward']:,} + {row['backward']:,}" if row["forward"] else "-"
+        counts = (str(row["attacked"] or "-"), str(row["broke"]), str(row["worst_by"]))
+        body.append((row["attack"], row["kind"], *counts, alone, percent(row), passes))
+    header = ("rung", "kind", "met", "broke", "worst by", "alone", "left", "forward + backward")
+    note = (
+        f"{arm} at {epsilon_label(epsilon)}. Met: images that still stood and were attacked. Broke: of these, no "
+        "longer standing. Worst by: images whose worst version the rung made. Alone: accuracy in % where the rung met "
+        "all images. Left: worst case so far, on all images. Passes of each image that was met."
+    )
+    return Table(header=header, rows=tuple(body), note=note)
+
+
+def _first(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})
+
+
+def _note(rows: Sequence[dict[str, Any]]) -> str:
+    images = sorted({row["images"] for row in rows})
+    draws = sorted({row["draws"] for row in rows})
+    return (
+        f"Expected accuracy in % on {' or '.join(map(str, images))} test images and {' or '.join(map(str, draws))} "
+        "fresh draws that neither attacks nor their selection saw, with 95 % intervals over images and draws. "
+        "Worst case: for each image the rung that leaves it least."
+    )

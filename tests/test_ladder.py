@@ -1,0 +1,212 @@
+"""Test the ladder where the worst case is known: linear models, noise of known law, attacks of known strength."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitquorum import rng
+from bitquorum.attacks import APGD, FGSM, PGD, Attack, Kind
+from bitquorum.conversion import Policy
+from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import Climb, Examples, Ladder, SequentialTest, interval
+from bitquorum.interface import Cost, InputError
+from bitquorum.quantizers import Deterministic, Surrogate
+from bitquorum.registry import decode, encode
+
+
+def examples_of(count: int, pixels: int = 12, classes: int = 2) -> Examples:
+    images = 0.2 + 0.6 * torch.rand(count, pixels)
+    return Examples(images=images, labels=torch.arange(count) % classes, index=torch.arange(count) + 7)
+
+
+def linear(classes: int = 2, pixels: int = 12) -> Ensemble:
+    return Ensemble([nn.Linear(pixels, classes)]).eval().requires_grad_(False)
+
+
+def random_network() -> Ensemble:
+    policy = Policy(weight_bits=2, activation_bits=2)
+    network = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 2))
+    return Ensemble.build([network, network], [policy, policy]).eval().requires_grad_(False)
+
+
+def ladder(*rungs: Attack, **options) -> Ladder:
+    options = {"epsilons": (0.05,), "draws": 20, "batch_size": 16, **options}
+    return Ladder(name="test", claim=PGD(steps=5, eot=2), rungs=rungs, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Attack):
+    """Return the images as they are, and say on whom it was let loose."""
+
+    kind: ClassVar[Kind] = "gradient-free"
+    met: ClassVar[list[list[int]]] = []
+
+    @property
+    def label(self) -> str:
+        return "idle"
+
+    def _run(self, problem):
+        self.met.append(problem.examples.tolist())
+        return problem.images.clone()
+
+
+def test_the_worst_case_of_a_linear_model_is_its_robust_accuracy():
+    model, examples, epsilon = linear(), examples_of(60), 0.05
+    weight, bias = model.members[0].weight, model.members[0].bias
+    difference = (weight[0] - weight[1], bias[0] - bias[1])
+    sign = 1 - 2.0 * examples.labels
+    margin = sign * (examples.images @ difference[0] + difference[1])
+    known = margin > epsilon * difference[0].abs().sum()
+    climb = ladder(FGSM(), APGD(steps=5))(model, examples, epsilon=epsilon)
+    assert 0 < known.sum() < 60
+    assert torch.equal(climb.standing, known)
+    assert torch.equal(climb.correct, known.expand(20, -1))
+    assert torch.equal(climb.claim, climb.correct)
+    assert climb.worst.value == pytest.approx(float(known.float().mean()))
+    assert climb.worst_of(5) == pytest.approx(climb.worst.value)
+
+
+def test_steps_say_what_was_met_and_broken():
+    model, examples = linear(), examples_of(60)
+    right = model.predict(model(examples.images))[0] == examples.labels
+    Idle.met.clear()
+    climb = ladder(Idle())(model, examples, epsilon=0.05)
+    clean, claim, idle = climb.steps
+    assert (clean.attacked, clean.broke, clean.cost) == (0, int((~right).sum()), Cost())
+    assert (claim.attacked, claim.kind) == (60, "white-box")
+    assert claim.broke == int((right & ~climb.standing).sum())
+    assert claim.alone == climb.claimed
+    assert (idle.attacked, idle.broke, idle.kind, idle.alone) == (int(climb.standing.sum()), 0, "gradient-free", None)
+    assert sorted(example for met in Idle.met for example in met) == examples.index[climb.standing].tolist()
+    assert claim.largest == pytest.approx(0.05, abs=1e-6)
+    assert set(climb.broken_by.tolist()) == {0, 1}
+
+
+def test_everywhere_lets_every_rung_meet_every_image():
+    model, examples = linear(), examples_of(30)
+    climb = ladder(FGSM(), everywhere=True)(model, examples, epsilon=0.05)
+    assert [step.attacked for step in climb.steps[1:]] == [30, 30]
+    assert climb.steps[2].alone is not None
+    assert climb.steps[2].alone.value >= climb.worst.value
+
+
+def test_the_stated_accuracy_is_that_of_draws_nobody_saw():
+    model, examples = random_network(), examples_of(80)
+    climb = ladder(APGD(steps=10, eot=4), PGD(steps=5, eot=4, loss="margin"), draws=50)(model, examples, epsilon=0.1)
+    with torch.no_grad(), rng.draw(list(range(10_000, 10_400)), examples.index):
+        fresh = model.predict(model(climb.images)) == examples.labels
+    unseen = interval(fresh)
+    assert climb.worst.low <= unseen.value <= climb.worst.high
+    assert abs(climb.worst.value - unseen.value) < 4 * 0.5 / (80 * 50) ** 0.5
+    assert climb.worst.value <= climb.claimed.value + 0.01
+
+
+def test_no_rung_raises_the_selected_rate_and_each_image_keeps_its_best_version():
+    model, examples = random_network(), examples_of(40)
+    rates: list[Tensor] = []
+    climb = ladder(FGSM(), PGD(steps=10, eot=4), APGD(steps=5, eot=2))(
+        model, examples, epsilon=0.1, on_step=lambda climb: rates.append(climb.rate.clone())
+    )
+    assert all(bool((after <= before).all()) for before, after in pairwise(rates))
+    moved = (climb.images - examples.images).abs().amax(1)
+    assert bool((moved[climb.broken_by == 0] == 0).all())
+    assert bool((moved <= 0.1 + 1e-6).all())
+
+
+def test_a_climb_goes_on_where_it_was_cut():
+    model, examples = random_network(), examples_of(30)
+    plan = ladder(FGSM(), PGD(steps=5, eot=4), APGD(steps=5, eot=2))
+    whole = plan(model, examples, epsilon=0.1)
+    cut: list[Climb] = []
+
+    class KilledError(Exception): ...
+
+    def kill(climb: Climb) -> None:
+        cut.append(climb)
+        if len(climb.steps) == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        plan(model, examples, epsilon=0.1, on_step=kill)
+    again = plan(model, examples, epsilon=0.1, climb=cut[-1])
+    assert again.steps == whole.steps
+    for name in ("images", "rate", "standing", "broken_by", "correct", "claim"):
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+
+
+def test_the_batch_size_changes_rounding_alone():
+    model, examples = random_network(), examples_of(30)
+    plan = ladder(PGD(steps=5, eot=4))
+    one, other = (replace(plan, batch_size=size)(model, examples, epsilon=0.1) for size in (7, 30))
+    assert torch.allclose(one.images, other.images, atol=1e-5)
+    assert torch.equal(one.correct, other.correct)
+
+
+def test_the_passes_that_are_stated_are_those_that_are_taken():
+    model, examples = random_network(), examples_of(20)
+    plan = ladder(FGSM(eot=3), PGD(steps=4, eot=2, restarts=2), APGD(steps=5), everywhere=True)
+    climb = plan(model, examples, epsilon=0.1)
+    taken = Cost()
+    for step in climb.steps:
+        taken = taken + step.cost
+    assert plan.passes(model) == taken
+
+
+def test_what_cannot_differ_on_a_model_is_left_out():
+    wide = Surrogate(backward="mean", width=2.0)
+    plan = ladder(PGD(steps=5), PGD(steps=5, eot=2, surrogate=wide), PGD(steps=5, eot=2, pooling="mean-logits"), FGSM())
+    assert [rung.label for rung in plan.rungs_for(linear())] == ["PGD-5", "FGSM"]
+    assert len(plan.rungs_for(random_network())) == 5
+    law = Deterministic()
+    policy = Policy(weight_bits=2, activation_bits=2, weight_law=law, activation_law=law)
+    quiet = Ensemble.build([nn.Linear(12, 2)] * 2, [None, policy])
+    chosen = plan.rungs_for(quiet)
+    assert [rung.label for rung in chosen] == ["PGD-5", "PGD-5 mean width=2", "PGD-5 mean-logits", "FGSM"]
+
+
+def test_survivors_are_decided_by_more_than_one_lucky_draw():
+    class Coin(nn.Module):
+        """Predict the label of the first pixel with a probability of 0.4, whatever the image."""
+
+        passes, stochastic = 1, True
+
+        def forward(self, images: Tensor) -> Tensor:
+            ambient = rng.current()
+            count = len(ambient.seeds) if ambient else 1
+            noise = rng.uniform_like(images.repeat(count, 1), "coin")[:, 0].unflatten(0, (count, -1))
+            right = torch.stack([noise * 0 + 1, noise * 0], -1) + 0 * images.sum(-1)[None, :, None]
+            wrong = 1 - right
+            return torch.where(noise[..., None] < 0.4, right, wrong)[:, None]
+
+        def predict(self, logits: Tensor) -> Tensor:
+            return logits[:, 0].argmax(-1)
+
+    examples = Examples(images=torch.rand(200, 3), labels=torch.zeros(200, dtype=torch.int64), index=torch.arange(200))
+    climb = ladder(FGSM(), draws=50, survivors=SequentialTest())(Coin(), examples, epsilon=0.1)
+    assert climb.standing.all()
+    assert climb.worst.value == pytest.approx(0.4, abs=4 * (0.24 / 10_000) ** 0.5)
+    assert climb.worst_of(2) == pytest.approx(0.16, abs=0.02)
+
+
+def test_is_its_own_config():
+    plan = ladder(FGSM(), APGD(steps=5, loss="dlr"), survivors=SequentialTest(error=0.02))
+    assert decode(Ladder, encode(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epsilons": ()}, "increasing positive epsilons"),
+        ({"epsilons": (0.2, 0.1)}, "increasing positive epsilons"),
+        ({"draws": 0}, "at least one draw"),
+        ({"tries": 21}, "tries from 1"),
+        ({"rungs": (FGSM(), FGSM())}, "different labels"),
+    ],
+)
+def test_refuses_a_ladder_that_cannot_be_climbed(wrong: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        replace(ladder(FGSM()), **wrong)  # type: ignore[arg-type]
