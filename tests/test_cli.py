@@ -50,6 +50,7 @@ COMMANDS = {
     "run": "Train and attack every arm",
     "train": "Train every arm of an experiment without attacking it",
     "evaluate": "Attack a trained run",
+    "museum": "Climb the ladder with broken defences",
     "show": "Print the stored table of a run",
     "list": "List the stored runs, or the presets",
     "publish": "Copy a run's config, metrics and environment",

@@ -211,7 +211,7 @@ class Attack(Method, ABC):
             seed=seed,
             norm=norm,
             criterion=criterion,
-            sources=sources or {},
+            sources={} if sources is None else sources,
         )
         return AttackResult(images=self._run(problem), cost=problem.meter.cost)
 
