@@ -210,3 +210,12 @@ def test_is_its_own_config():
 def test_refuses_a_ladder_that_cannot_be_climbed(wrong: dict[str, object], message: str):
     with pytest.raises(InputError, match=message):
         replace(ladder(FGSM()), **wrong)  # type: ignore[arg-type]
+
+
+def test_rungs_that_meet_nobody_cost_nothing():
+    model, examples = linear(), examples_of(10)
+    wrong = replace(examples, labels=1 - model.predict(model(examples.images))[0])
+    climb = ladder(FGSM(), APGD(steps=5), Idle())(model, wrong, epsilon=0.05)
+    assert [step.attacked for step in climb.steps] == [0, 10, 0, 0, 0]
+    assert all(step.cost == Cost() for step in climb.steps[2:])
+    assert climb.worst.value == 0

@@ -46,7 +46,7 @@ def random_point(
     images: Float[Tensor, "batch *image"], epsilon: float, norm: Norm, *, seed: int, examples: Tensor
 ) -> Float[Tensor, "batch *image"]:
     """Return points drawn uniformly from the ball around `images`, cut at [0, 1]; keyed by example."""
-    size = images[0].numel()
+    size = images.shape[1:].numel()
     u = rng.uniform(seed, examples, size + 1, address="random start").to(images.dtype)
     ball = (2 * u[:, :size] - 1).view_as(images)
     if norm == "linf":

@@ -320,7 +320,7 @@ class Arena:
         """Return the adversarial versions of the chosen images, and the passes of each."""
         seed = rng.derive(self.ladder.seed, "attack", attack.label, repr(epsilon))
         found, cost = self.examples.images[met], Cost()
-        parts = met.split(self.ladder.batch_size)
+        parts = met.split(self.ladder.batch_size) if len(met) else ()
         for number, rows in enumerate(parts, start=1):
             result = attack(
                 self.shown,
