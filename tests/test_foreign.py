@@ -157,7 +157,7 @@ def test_quantizers_of_ours_take_their_noise_from_the_draw():
     quantized = convert(network(), Policy(weight_bits=3, activation_bits=3)).eval()
     model = wrap(quantized, IMAGES)
     assert model.stochastic
-    assert not model.random
+    assert model.noise == "none"
     with rng.draw([1, 2]):
         both = model(IMAGES)
     with rng.draw([2], torch.arange(20)[5:]):

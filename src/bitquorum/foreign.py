@@ -2,10 +2,10 @@
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from bitquorum.conversion import is_stochastic
 from bitquorum.ensemble import Ensemble, classifier
 from bitquorum.interface import InputError
 from bitquorum.relax import relaxed
+
+Noise = Literal["none", "torch", "any"]
 
 _PROBE: Final = 16  # images that inspection looks at
 _FLAT: Final = 0.5  # share of probed images without a gradient from which on attacks see relaxed derivatives
@@ -39,13 +41,14 @@ class Finding:
 class Wrapped(nn.Module):
     """Present a module as a model with one member: logits `[draw, 1, batch, classes]`, random only through `rng.draw`.
 
-    Each draw seeds the generators of torch, numpy and Python, so that a draw is a deterministic function of its seed
-    and the batch: what the module draws for an image depends on the image's place. Quantizers of ours inside the module
-    take their noise from the draw itself.
+    Each draw seeds the generators that the module uses, so that a draw is a deterministic function of its seed and the
+    batch: what the module draws for an image depends on the image's place. Quantizers of ours inside the module take
+    their noise from the draw itself.
 
     Args:
         module: From images to logits `[batch, classes]`, or to an output that holds them (`.logits`, a tuple, a dict).
-        random: Whether two calls differ by noise that is not of our quantizers.
+        noise: Whose noise, beside that of our quantizers, makes two calls differ: `none`; that of `torch`, whose
+            generator each draw then seeds; or `any`, where it seeds those of numpy and Python too.
         scale: What the module returns: `logits`, `probabilities` or `votes`.
         relax: Whether derivatives are relaxed; see `relax`.
         findings: Of the inspection.
@@ -61,20 +64,20 @@ class Wrapped(nn.Module):
         self,
         module: nn.Module,
         *,
-        random: bool = False,
+        noise: Noise = "none",
         scale: str = "logits",
         relax: bool = False,
         findings: Sequence[Finding] = (),
     ) -> None:
         super().__init__()
         self.module = module
-        self.random, self.scale, self.relax = random, scale, relax
+        self.noise, self.scale, self.relax = noise, scale, relax
         self.findings = tuple(findings)
 
     @property
     def stochastic(self) -> bool:
         """Whether two draws can differ."""
-        return self.random or is_stochastic(self.module)
+        return self.noise != "none" or is_stochastic(self.module)
 
     @property
     def needs_relaxing(self) -> bool:
@@ -83,7 +86,7 @@ class Wrapped(nn.Module):
 
     def relaxed_copy(self) -> "Wrapped":
         """Return the same model, sharing its weights, with relaxed derivatives."""
-        return Wrapped(self.module, random=self.random, scale=self.scale, relax=True, findings=self.findings)
+        return Wrapped(self.module, noise=self.noise, scale=self.scale, relax=True, findings=self.findings)
 
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw 1 batch classes"]:
         """Return the logits under every ambient draw; a module without noise is asked once."""
@@ -95,9 +98,10 @@ class Wrapped(nn.Module):
                 stack.enter_context(relaxed(self.module))
             if not self.stochastic:
                 return self._logits(self.module(images))[None, None].expand(len(seeds), -1, -1, -1)
-            parts = []
+            parts, set_seed = [], stack.enter_context(_seedable(images.device, self.noise))
             for seed in seeds:
-                with rng.draw(seed, examples), _seeded(seed, images.device):
+                set_seed(seed)
+                with rng.draw(seed, examples):
                     parts.append(self._logits(self.module(images)))
         return torch.stack(parts)[:, None]
 
@@ -191,12 +195,11 @@ def wrap(
     probe = images[:_PROBE]
     with torch.no_grad():
         output = _checked(model, probe, labels)
-        unsteady, findings_of_noise = _noise(model, probe)
-        findings += findings_of_noise
-        scale, found = _scale(output)
-        findings += found
-        _check_batch(model, probe, noisy=unsteady or is_stochastic(model))
-    wrapped = Wrapped(model, random=unsteady, scale=scale, findings=findings)
+        noise, of_noise = _noise(model, probe)
+        scale, of_scale = _scale(output)
+        findings += [*of_noise, *of_scale]
+        _check_batch(model, probe, noisy=noise != "none" or is_stochastic(model))
+    wrapped = Wrapped(model, noise=noise, scale=scale, findings=findings)
     flat = _flat_share(wrapped, probe)
     if flat >= _FLAT:
         share = f"{100 * flat:.0f} % of the images have no gradient at all"
@@ -222,23 +225,37 @@ def output_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python inside the block, and restore them afterwards."""
-    state, other = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(other)
+def _seedable(device: torch.device, noise: Noise) -> Iterator[Callable[[int], None]]:
+    """Give the block a function that seeds the generators of a kind of noise, and restore them afterwards.
+
+    Torch's are seeded one by one: `torch.manual_seed` writes down a traceback for devices that are not there.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or torch.cuda.current_device()])
+    states = [generator.get_state() for generator in generators]
+    others = (random.getstate(), np.random.get_state()) if noise == "any" else None
+
+    def seed(value: int) -> None:
+        for generator in generators:
+            generator.manual_seed(value)
+        if others:
+            random.seed(value)
+            np.random.seed(value % 2**32)
+
+    try:
+        yield seed
+    finally:
+        for generator, before in zip(generators, states, strict=True):
+            generator.set_state(before)
+        if others:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
-def _call(model: nn.Module, images: Tensor, seed: int) -> Tensor:
-    with rng.draw(seed), _seeded(seed, images.device):
+def _call(model: nn.Module, images: Tensor, seed: int, noise: Noise = "any") -> Tensor:
+    with rng.draw(seed), _seedable(images.device, noise) as set_seed:
+        set_seed(seed)
         return output_of(model(images))
 
 
@@ -265,17 +282,22 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
     return output
 
 
-def _noise(model: nn.Module, images: Tensor) -> tuple[bool, list[Finding]]:
-    """Return whether two calls differ by noise that is not of our quantizers, and what that means."""
-    with rng.draw(0), _seeded(0, images.device):
+def _noise(model: nn.Module, images: Tensor) -> tuple[Noise, list[Finding]]:
+    """Return whose noise, beside that of our quantizers, makes two calls differ, and what that means."""
+    with rng.draw(0), _seedable(images.device, "any") as set_seed:
+        set_seed(0)
         free = [output_of(model(images)) for _ in range(2)]
+        by_torch = [_call(model, images, 1, "torch") for _ in range(2)]
     if _same(*free):
-        return False, []
+        return "none", []
+    if _same(*by_torch):
+        text = "two calls differ; each draw seeds torch's generator"
+        return "torch", [Finding(name="random", text=text)]
     if _same(_call(model, images, 1), _call(model, images, 1)):
         text = "two calls differ; each draw seeds the generators of torch, numpy and Python"
-        return True, [Finding(name="random", text=text)]
+        return "any", [Finding(name="random", text=text)]
     text = "two calls differ, and no seed of torch, numpy or Python repeats them; results vary from run to run"
-    return True, [Finding(name="random", text="two calls differ"), Finding(name="unseeded", text=text)]
+    return "any", [Finding(name="random", text="two calls differ"), Finding(name="unseeded", text=text)]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

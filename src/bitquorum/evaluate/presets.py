@@ -28,7 +28,11 @@ GUMBEL = Surrogate(backward="gumbel", temperature=0.5)
 
 
 def quick() -> Ladder:
-    """Return a ladder for development: every kind of rung, about 500 passes for an image that stands to the end."""
+    """Return a ladder for development: every kind of rung.
+
+    An image that stands to the end costs about 1,200 passes, forward and backward ones together, under noise and with
+    three members and sources; about 200 without noise.
+    """
     return Ladder(
         name="quick",
         claim=PGD(steps=20, eot=5),
@@ -48,7 +52,11 @@ def quick() -> Ladder:
 
 
 def standard() -> Ladder:
-    """Return the ladder to quote: about 1,500 passes for an image that stands to the end, most images fall early."""
+    """Return the ladder to quote.
+
+    An image that stands to the end costs about 4,600 passes, forward and backward ones together, under noise and with
+    three members and sources; about 600 without noise. Most images fall early.
+    """
     return Ladder(
         name="standard",
         claim=PGD(steps=20, eot=10),
@@ -73,7 +81,10 @@ def standard() -> Ladder:
 
 
 def full() -> Ladder:
-    """Return every rung of the evaluation standard, at budgets for results that are published."""
+    """Return every rung of the evaluation standard, at budgets for a GPU and for results that are published.
+
+    An image that stands to the end costs about 80,000 passes under noise, 6,500 without.
+    """
     return Ladder(
         name="full",
         claim=PGD(steps=40, eot=10),

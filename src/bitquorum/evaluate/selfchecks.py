@@ -166,6 +166,9 @@ def self_test(bench: _Bench) -> Verdict | None:
         return score > 0
 
     white = [rung for rung in bench.rungs if rung.kind == "white-box" and _iterates(rung)]
+    if not white:
+        reason = "the ladder has no white-box rung of more than one step"
+        return Verdict(name="self-test", passed=False, reason=reason)
     found = {rung.label: share(rung)[valid] for rung in _distinct(white)}
     chance = share(RandomNoise(tries=10, draws=4))[valid]
     shares = {label: float(hits.float().mean()) for label, hits in found.items()}

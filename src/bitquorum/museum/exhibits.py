@@ -76,7 +76,7 @@ class Wrapped(nn.Module):
         return x
 
 
-def stochastic_rounding(step: float = 0.5) -> Operation:
+def stochastic_rounding(step: float = 1.5) -> Operation:
     """Return rounding to one of the two nearest multiples of a step at random, with the gradient of the identity."""
     return lambda x: x + (step * (x / step + torch.rand_like(x)).floor() - x).detach()
 

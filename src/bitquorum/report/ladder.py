@@ -14,11 +14,13 @@ def bracket(rows: Sequence[dict[str, Any]]) -> Table:
     body.append(("0", "clean", *(percent(_first(rows, arm=arm, attack="clean")) for arm in arms)))
     for epsilon in epsilons:
         here = [row for row in rows if row["epsilon"] == epsilon]
-        claim = next(row["attack"] for row in here if row["attack"].startswith("claim: "))
+        claims = {row["arm"]: row for row in here if row["attack"].startswith("claim: ")}
+        claim = ", ".join(dict.fromkeys(row["attack"].removeprefix("claim: ") for row in claims.values()))
         tries = next((row["name"] for row in here if row["name"].startswith("worst of ")), "")
         label = epsilon_label(epsilon)
+        cells = (percent(claims.get(arm)) for arm in arms)
+        body.append((label, f"claim as worded ({claim})", *cells))
         for text, wanted in (
-            (f"claim as worded ({claim.removeprefix('claim: ')})", {"attack": claim}),
             ("worst case over the ladder", {"attack": "worst", "name": "accuracy"}),
             (tries, {"name": tries}),
         ):
