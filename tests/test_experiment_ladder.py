@@ -10,11 +10,20 @@ import pytest
 import torch
 
 from bitquorum import peers, rng
-from bitquorum.attacks import PGD, Attack, FGSM, RandomNoise, Transfer
+from bitquorum.attacks import FGSM, PGD, Attack, RandomNoise, Transfer
 from bitquorum.config import Experiment, parse
 from bitquorum.data import load
 from bitquorum.evaluate import Climb, Ladder, SequentialTest
-from bitquorum.experiment import climb_run, create, ladder_rows, ladders, restore_ensemble, train, usual_epsilons, verdicts
+from bitquorum.experiment import (
+    climb_run,
+    create,
+    ladder_rows,
+    ladders,
+    restore_ensemble,
+    train,
+    usual_epsilons,
+    verdicts,
+)
 from bitquorum.experiment import ladder as module
 from bitquorum.files import load_tensors
 from bitquorum.interface import ConfigError, DataError, Listener
@@ -25,7 +34,12 @@ TABLE: dict[str, Any] = {
     "name": "tiny",
     "data": {"train": 60},
     "trainer": {"epochs": 1, "batch_size": 20, "lr": 0.05, "calibration": 10},
-    "evaluation": {"epsilons": ["4/255", "16/255", "32/255"], "examples": 10, "draws": 2, "attacks": [{"type": "fgsm"}]},
+    "evaluation": {
+        "epsilons": ["4/255", "16/255", "32/255"],
+        "examples": 10,
+        "draws": 2,
+        "attacks": [{"type": "fgsm"}],
+    },
     "arms": [
         {"name": "plain", "network": {"type": "linear"}},
         {
@@ -214,7 +228,7 @@ def test_the_usual_epsilon_is_the_middle_one_of_the_run(experiment: Experiment, 
 def test_a_corrupt_state_is_named(content: bytes, copied: Run):
     (path,) = copied.path.glob("ladders/*/sq/climb@0.062745.safetensors")
     path.write_bytes(content)
-    with pytest.raises(DataError, match="climb@0.062745"):
+    with pytest.raises(DataError, match=r"climb@0\.062745"):
         climb_run(copied, LADDER)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitquorum import peers, rng
 from bitquorum.attacks import APGD, APGDTargeted
 from bitquorum.conversion import Policy
-from bitquorum.ensemble import Ensemble, EmpirVote
+from bitquorum.ensemble import EmpirVote, Ensemble
 from bitquorum.foreign import wrap
 from bitquorum.interface import ConfigError
 from bitquorum.museum.exhibits import network
@@ -105,7 +105,8 @@ def test_an_installed_peer_attacks_a_float_network(name: str):
     opinion = second_opinion(name, model, batch.images, batch.labels, epsilon=0.1)
     left = float((model.predict(model(opinion.images))[0] == batch.labels).float().mean())
     ours = [
-        attack(model, batch.images, batch.labels, epsilon=0.1).images for attack in (APGD(steps=100), APGDTargeted(steps=100))
+        attack(model, batch.images, batch.labels, epsilon=0.1).images
+        for attack in (APGD(steps=100), APGDTargeted(steps=100))
     ]
     worst = min(float((model.predict(model(x))[0] == batch.labels).float().mean()) for x in ours)
     assert opinion.outside == 0

@@ -71,7 +71,8 @@ class Wrapped(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
-        self.noise, self.scale, self.relax = noise, scale, relax
+        self.noise: Noise = noise
+        self.scale, self.relax = scale, relax
         self.findings = tuple(findings)
 
     @property

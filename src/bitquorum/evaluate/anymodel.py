@@ -1,5 +1,6 @@
 """Climb the ladder with any module that classifies images in [0, 1]."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -25,12 +26,14 @@ class Report:
         verdicts: Of the self-checks.
         findings: What was noticed about the model, and how the evaluation adapted.
         tries: Number of tries of the worst-of accuracy.
+        seconds: That the climb took, without inspection and self-checks.
     """
 
     climb: Climb
     verdicts: tuple[Verdict, ...]
     findings: tuple[Finding, ...]
     tries: int
+    seconds: float
 
     @property
     def passed(self) -> bool:
@@ -103,9 +106,11 @@ def evaluate_model(
             shown = relaxed
         findings += (masked,) if masked else ()
         held = {"own gradient" if masked else "relaxed copy": wrapped if masked else relaxed, **held}
+    started = time.monotonic()
     climb = chosen(wrapped, examples, epsilon=epsilon, sources=held, shown=shown)
+    seconds = time.monotonic() - started
     verdicts = run_checks(wrapped, examples, chosen, climb, sources=held, shown=shown) if chosen.check_images else []
-    return Report(climb=climb, verdicts=tuple(verdicts), findings=findings, tries=chosen.tries)
+    return Report(climb=climb, verdicts=tuple(verdicts), findings=findings, tries=chosen.tries, seconds=seconds)
 
 
 def _masked(model: Wrapped, relaxed: Wrapped, examples: Examples, ladder: Ladder, epsilon: float) -> Finding | None:

@@ -375,7 +375,7 @@ class Arena:
         worse = tally.rate < climb.rate[met]
         if not is_noisy(self.model):
             return worse
-        first, count = self.ladder.survivors.most, 2 * self.ladder.survivors.most
+        first = count = self.ladder.survivors.most
         for rows in (worse & ~tally.broken).nonzero()[:, 0].split(self.ladder.batch_size):
             new, old = (
                 self._rate(version, met[rows], first, count) for version in (found[rows], climb.images[met[rows]])

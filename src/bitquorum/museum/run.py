@@ -3,20 +3,23 @@
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
 from bitquorum.data import Batch, load
+from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena, Examples, Ladder, interval, ladder_named
 from bitquorum.evaluate.anymodel import Report, evaluate_model
 from bitquorum.files import atomic_write, json_row, read_jsonl
-from bitquorum.foreign import wrap
+from bitquorum.foreign import Wrapped, wrap
 from bitquorum.interface import ConfigError, Listener, Method
 from bitquorum.museum.exhibits import EPSILON, NAMES, Exhibit, exhibits
 from bitquorum.peers import check_peer, second_opinion
 from bitquorum.registry import encode, nearest
 from bitquorum.store import Run
+
+_BATCH: Final = 250  # images at once: AutoAttack's own number
 
 
 @final
@@ -104,15 +107,33 @@ def _rows(museum: Museum, exhibit: Exhibit, batch: Batch, listener: Listener) ->
             batch.images,
             batch.labels,
             epsilon=museum.epsilon,
-            ladder=museum.ladder,
+            ladder=_ladder(museum),
             seed=museum.seed,
         )
-        seconds = round(time.monotonic() - started, 1)
-        rows.append({**common, "who": who, "by": f"ladder {museum.ladder}", **_of(report), "seconds": seconds})
+        seconds = {"seconds": round(report.seconds, 1), "seconds_with_checks": round(time.monotonic() - started, 1)}
+        unseen = _unseen(museum, model, batch, report)
+        rows.append({**common, "who": who, "by": f"ladder {museum.ladder}", **_of(report), **unseen, **seconds})
     for name in museum.also:
         listener.advance(len(rows), name)
         rows.append({**common, "who": "defended", "by": name, **_opinion(museum, exhibit, batch, name)})
     return rows
+
+
+def _ladder(museum: Museum) -> Ladder:
+    return replace(ladder_named(museum.ladder), seed=museum.seed, batch_size=_BATCH)
+
+
+def _arena(museum: Museum, model: Wrapped | Ensemble, batch: Batch, seed: int) -> Arena:
+    examples = Examples(images=batch.images, labels=batch.labels, index=torch.arange(len(batch)))
+    ladder = replace(_ladder(museum), seed=seed, draws=50)
+    return Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={})
+
+
+def _unseen(museum: Museum, model: torch.nn.Module, batch: Batch, report: Report) -> dict[str, float]:
+    """Return the accuracy of the worst versions on 50 draws that nothing in the evaluation saw."""
+    wrapped = wrap(model, batch.images, batch.labels)
+    arena = _arena(museum, wrapped, batch, museum.seed + 1)
+    return {"unseen": float(arena.judge(report.climb.images, torch.arange(len(batch))).float().mean())}
 
 
 def _of(report: Report) -> dict[str, Any]:
@@ -133,9 +154,6 @@ def _opinion(museum: Museum, exhibit: Exhibit, batch: Batch, name: str) -> dict[
     """Return a peer's own number, and what its images leave on the ladder's judging draws."""
     model = wrap(exhibit.defended, batch.images, batch.labels)
     opinion = second_opinion(name, model, batch.images, batch.labels, epsilon=museum.epsilon, seed=museum.seed)
-    ladder: Ladder = replace(ladder_named(museum.ladder), seed=museum.seed)
-    examples = Examples(images=batch.images, labels=batch.labels, index=batch.examples)
-    arena = Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={})
-    accuracy = interval(arena.judge(opinion.images, torch.arange(len(batch))))
+    accuracy = interval(_arena(museum, model, batch, museum.seed).judge(opinion.images, torch.arange(len(batch))))
     facts = {"claimed": opinion.claimed, "version": opinion.version, "seconds": round(opinion.seconds, 1)}
     return {**asdict(accuracy), **facts}
