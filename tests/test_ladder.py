@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, FGSM, PGD, Attack, Kind
-from bitquorum.conversion import Policy
+from bitquorum.attacks import APGD, FGSM, PGD, SPSA, Attack, Kind, RandomNoise, Square
+from bitquorum.conversion import Policy, calibrate
 from bitquorum.ensemble import Ensemble
-from bitquorum.evaluate import Climb, Examples, Ladder, SequentialTest, interval
+from bitquorum.evaluate import Climb, Examples, Ladder, SequentialTest, interval, ladder_named
 from bitquorum.interface import Cost, InputError
 from bitquorum.quantizers import Deterministic, Surrogate
 from bitquorum.registry import decode, encode
@@ -219,3 +219,44 @@ def test_rungs_that_meet_nobody_cost_nothing():
     assert [step.attacked for step in climb.steps] == [0, 10, 0, 0, 0]
     assert all(step.cost == Cost() for step in climb.steps[2:])
     assert climb.worst.value == 0
+
+
+def test_on_tiny_quantized_networks_the_ladder_finds_what_enumeration_finds():
+    law = Deterministic()
+    policy = Policy(weight_bits=3, activation_bits=2, weight_law=law, activation_law=law)
+    ticks = torch.linspace(-1, 1, 101)
+    grid = torch.cartesian_prod(ticks, ticks)
+    epsilon, shares, stands, images = 0.1, [], [], 0.2 + 0.6 * torch.rand(25, 2)
+    for seed in range(3):
+        with rng.torch_seed(seed):
+            network = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
+        network[0].bias.data = -0.5 * network[0].weight.data.sum(1)
+        with torch.no_grad():
+            network[2].bias[1] -= network(images).diff(dim=1).median()  # half of the images in each class
+        model = Ensemble.build([network, network], [policy, policy]).eval().requires_grad_(False)
+        for member in model.members:
+            calibrate(member, images)
+        labels = model.predict(model(images))[0]
+        examples = Examples(images=images, labels=labels, index=torch.arange(25))
+        plan = replace(ladder_named("standard"), check_images=0, draws=5)
+        stands.append(plan(model, examples, epsilon=epsilon).standing)
+        pairs = zip(images, labels, strict=True)
+        shares += [float((model.predict(model(x + epsilon * grid))[0] != y).float().mean()) for x, y in pairs]
+    wrong, ours = torch.tensor(shares), torch.cat(stands)  # share of the ball that is adversarial
+    assert 40 < int((wrong > 0).sum()) < 70
+    assert bool(ours[wrong == 0].all()), "nothing breaks what cannot be broken"
+    missed = wrong[(wrong > 0) & ours]
+    assert bool((missed < 0.05).all()), "what is missed are pockets of less than a twentieth of the ball"
+    assert len(missed) <= 5
+
+
+def test_what_a_quiet_model_spares_in_draws_becomes_queries():
+    rungs = (Square(queries=50, eot=4), SPSA(steps=2, directions=8, eot=2), RandomNoise(tries=8, draws=8))
+    noisy, quiet = (ladder(*rungs).rungs_for(model) for model in (random_network(), linear()))
+    assert [rung.label for rung in noisy[1:]] == ["Square-50x4", "SPSA-2x8x2", "random noise 8x8"]
+    assert [rung.label for rung in quiet[1:]] == [
+        "Square-400 kept values mean-loss",
+        *("SPSA-2x16 mean-loss", "random noise 64x1 mean-loss"),
+    ]
+    plan = ladder(*rungs)
+    assert plan.passes(linear()).forward < plan.passes(random_network()).forward + 4

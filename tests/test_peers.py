@@ -15,7 +15,7 @@ from bitquorum.ensemble import EmpirVote, Ensemble
 from bitquorum.foreign import wrap
 from bitquorum.interface import ConfigError
 from bitquorum.museum.exhibits import network
-from bitquorum.peers import PEERS, Scores, check_peer, second_opinion
+from bitquorum.peers import PEERS, PeerError, Scores, check_peer, second_opinion
 
 IMAGES, LABELS = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
 
@@ -64,6 +64,12 @@ def test_a_peers_images_are_brought_back_into_the_ball_and_counted(stand_in: Mod
     assert float(moved[0]) <= 0.1 + 1e-6
     assert bool((moved[1:] == 0).all())
     assert float(opinion.images.max()) <= 1
+
+
+def test_a_peer_that_fails_is_told_apart_from_a_failure_of_ours(stand_in: ModuleType):
+    stand_in.PGD.__call__ = lambda *_: 1 / 0  # type: ignore[attr-defined]
+    with pytest.raises(PeerError, match="expected torchattacks-pgd to attack the model, got ZeroDivisionError"):
+        second_opinion("torchattacks-pgd", wrap(plain(), IMAGES), IMAGES, LABELS, epsilon=0.1)
 
 
 def test_a_peer_leaves_torchs_generator_alone(stand_in: ModuleType):

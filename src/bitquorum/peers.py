@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from bitquorum import rng
 from bitquorum.ensemble import Ensemble, mean_log_probability
 from bitquorum.geometry import Norm, norm_of, project
-from bitquorum.interface import ConfigError, Model
+from bitquorum.interface import BitquorumError, ConfigError, Model
 from bitquorum.registry import nearest
+
+
+class PeerError(BitquorumError):
+    """Report a peer that fails on a model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,6 +108,7 @@ def second_opinion(
 
     Raises:
         ConfigError: if the peer is unknown or not installed.
+        PeerError: if it fails on this model.
     """
     call, module, distribution = _peer(name)
     _require(name, module, distribution)
@@ -111,14 +116,19 @@ def second_opinion(
     started = time.monotonic()
     with warnings.catch_warnings(), rng.torch_seed(seed):
         warnings.simplefilter("ignore")
-        found, claimed = call(task)
+        try:
+            found, claimed = call(task)
+        except BitquorumError:
+            raise
+        except Exception as error:
+            raise PeerError(f"expected {name} to attack the model, got {type(error).__name__}: {error}") from error
     seconds = time.monotonic() - started
     found = found.detach().to(images)
     outside = (norm_of(found - images, norm) > epsilon + 1e-5) | (found.flatten(1).amax(1) > 1 + 1e-6)
     outside |= found.flatten(1).amin(1) < -1e-6
     return Opinion(
         name=name,
-        version=metadata.version(distribution),
+        version=version_of(name),
         images=project(found, images, epsilon, norm),
         claimed=claimed,
         seconds=seconds,
@@ -130,6 +140,11 @@ def check_peer(name: str) -> None:
     """Raise `ConfigError` if a peer is unknown or not installed: before long work, not after it."""
     _, module, distribution = _peer(name)
     _require(name, module, distribution)
+
+
+def version_of(name: str) -> str:
+    """Return the version of an installed peer."""
+    return metadata.version(_peer(name)[2])
 
 
 def _peer(name: str) -> tuple[Callable[[_Task], tuple[Tensor, float | None]], str, str]:

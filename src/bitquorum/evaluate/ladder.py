@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import rng
-from bitquorum.attacks import Attack, Kind
+from bitquorum.attacks import Attack, Kind, RandomNoise, Square
+from bitquorum.attacks.blackbox import EstimatedGradient
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
@@ -169,7 +170,7 @@ class Ladder(Method):
     def rungs_for(self, model: Model, sources: Collection[str] = ()) -> tuple[Attack, ...]:
         """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
 
-        A model without noise needs one draw a step, one without our quantizers no choice of their backward pass and no
+        A model without noise needs one draw a step, and attacks by queries take their draws as queries; one without our quantizers no choice of their backward pass and no
         copy without their noise, one with a single member and no noise no choice of pooling. What is equal then is
         climbed once. A rung whose source is `*` stands for one rung for each of `sources`.
         """
@@ -451,6 +452,7 @@ def _fit(attack: Attack, model: Model) -> Attack:
     names = {item.name for item in fields(attack)}
     changes: dict[str, Any] = {}
     if not is_noisy(model):
+        changes |= _as_queries(attack)
         changes |= {name: 1 for name in ("eot", "selection", "draws") if name in names}
         changes |= {name: False for name in ("common", "fresh") if name in names}
     if not is_quantized(model) and "surrogate" in names:
@@ -461,6 +463,18 @@ def _fit(attack: Attack, model: Model) -> Attack:
         inner: Attack = attack.attack  # type: ignore[attr-defined]
         changes["attack"] = _fit(inner, model)
     return replace(attack, **changes)
+
+
+def _as_queries(attack: Attack) -> dict[str, Any]:
+    """Return the budget of an attack without gradients where each draw becomes another query."""
+    match attack:
+        case Square():
+            return {"queries": attack.queries * attack.eot * (2 if attack.fresh else 1)}
+        case EstimatedGradient():
+            return {"directions": attack.directions * attack.eot}
+        case RandomNoise():
+            return {"tries": attack.tries * attack.draws}
+    return {}
 
 
 def _members(model: Model) -> int:

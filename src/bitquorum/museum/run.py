@@ -15,7 +15,7 @@ from bitquorum.files import atomic_write, json_row, read_jsonl
 from bitquorum.foreign import Wrapped, wrap
 from bitquorum.interface import ConfigError, Listener, Method
 from bitquorum.museum.exhibits import EPSILON, NAMES, Exhibit, exhibits
-from bitquorum.peers import check_peer, second_opinion
+from bitquorum.peers import PeerError, check_peer, second_opinion, version_of
 from bitquorum.registry import encode, nearest
 from bitquorum.store import Run
 
@@ -153,7 +153,10 @@ def _of(report: Report) -> dict[str, Any]:
 def _opinion(museum: Museum, exhibit: Exhibit, batch: Batch, name: str) -> dict[str, Any]:
     """Return a peer's own number, and what its images leave on the ladder's judging draws."""
     model = wrap(exhibit.defended, batch.images, batch.labels)
-    opinion = second_opinion(name, model, batch.images, batch.labels, epsilon=museum.epsilon, seed=museum.seed)
+    try:
+        opinion = second_opinion(name, model, batch.images, batch.labels, epsilon=museum.epsilon, seed=museum.seed)
+    except PeerError as error:
+        return {"value": None, "claimed": None, "version": version_of(name), "failed": str(error)}
     accuracy = interval(_arena(museum, model, batch, museum.seed).judge(opinion.images, torch.arange(len(batch))))
     facts = {"claimed": opinion.claimed, "version": opinion.version, "seconds": round(opinion.seconds, 1)}
     return {**asdict(accuracy), **facts}

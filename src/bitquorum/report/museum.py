@@ -36,5 +36,7 @@ def museum_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _opinion(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "fails"
     claimed = "" if row["claimed"] is None else f" (says {100 * row['claimed']:.1f})"
     return f"{100 * row['value']:.1f}{claimed}"
