@@ -116,3 +116,25 @@ def test_checkpoints_lie_inside_the_search_and_come_closer():
 def test_refuses_an_empty_search():
     with pytest.raises(InputError, match="at least one step, restart"):
         APGD(steps=0)
+
+
+def test_returns_the_point_of_the_largest_margin_whatever_loss_it_climbs():
+    with rng.torch_seed(1):
+        network = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 5))
+    for parameter in network.parameters():
+        parameter.data *= 4
+    model = Ensemble([network]).eval().requires_grad_(False)
+    images, labels = torch.rand(60, 16), torch.randint(5, (60,))
+    problem = Problem(model=model, images=images, labels=labels, epsilon=0.1, examples=torch.arange(60))
+    met: list[torch.Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            met.append(x.detach().clone())
+            return model(x)
+
+    for loss in ("cross-entropy", "dlr"):
+        met.clear()
+        found = APGD(steps=15, loss=loss)(Watched(), images, labels, epsilon=0.1).images
+        margins = torch.stack([problem.loss(x, problem.goal, seeds=[0]) for x in met])
+        assert torch.allclose(problem.loss(found, problem.goal, seeds=[0]), margins.amax(0))

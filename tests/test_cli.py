@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from bitquorum import cli, experiment
 from bitquorum.config import parse, presets, read
+from bitquorum.evaluate import Verdict
 from bitquorum.files import read_jsonl
 from bitquorum.interface import BitquorumError
 from bitquorum.registry import encode, to_toml
@@ -166,6 +168,91 @@ def test_train_then_evaluate(tiny: str, tmp_path: Path):
     assert "Not evaluated yet" in call("show", "tiny", "--runs", folder)
 
 
+def test_the_ladder_prints_rungs_bracket_and_verdicts_and_show_repeats_them(runs: Path, tmp_path: Path):
+    copy = tmp_path / "runs"
+    shutil.copytree(runs, copy)
+    ladder = ["--ladder", "quick", "--epsilon", "32/255", "examples=10", "draws=5", "check_images=0", "--arm", "plain"]
+    text = call("evaluate", "tiny", *ladder, "--runs", str(copy))
+    assert "plain at 32/255" in text
+    assert "claim as worded (PGD-20)" in text
+    assert "worst case over the ladder" in text
+    assert "The run lies in" in text
+    shown = call("show", "tiny", "--runs", str(copy))
+    assert "worst case over the ladder" in shown
+    markdown = call("show", "tiny", "--markdown", "--runs", str(copy))
+    assert "| 32/255 | worst case over the ladder |" in markdown
+    call("publish", "tiny", str(tmp_path / "published"), "--runs", str(copy))
+    assert list((tmp_path / "published").glob("ladders/*/metrics.jsonl"))
+    assert not list((tmp_path / "published").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ladder", "tall"], "expected a ladder among quick, standard, full, got 'tall'"),
+        (["--ladder", "quick", "--arm", "other"], "expected an arm among plain, sq, got 'other'"),
+        (["--ladder", "quick", "--also", "nobody"], "expected a peer among"),
+        (["--ladder", "quick", "--epsilon", "many"], "epsilons"),
+        (["--ladder", "quick", "drwas=3"], "drwas"),
+        (["--arm", "plain"], "expected --ladder beside --arm"),
+    ],
+)
+def test_a_bad_call_of_the_ladder_is_one_message_and_leaves_the_run_alone(
+    arguments: list[str],
+    message: str,
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    before = sorted(runs.rglob("*"))
+    assert message in refused(capsys, monkeypatch, "evaluate", "tiny", *arguments, "--runs", str(runs))
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_a_failed_self_check_is_printed_in_red_and_is_exit_code_3(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def doubt(*_: object, **__: object) -> list[Verdict]:
+        return [
+            Verdict(name="gradients", passed=False, reason="they [lie]", facts={"zero": 1.0}),
+            Verdict(name="effort", passed=True, reason="steps help"),
+        ]
+
+    monkeypatch.setattr("bitquorum.experiment.ladder.run_checks", doubt)
+    copy = tmp_path / "runs"
+    shutil.copytree(runs, copy)
+    arguments = [
+        "evaluate",
+        "tiny",
+        "--ladder",
+        "quick",
+        "examples=10",
+        "draws=5",
+        "--arm",
+        "plain",
+        "--runs",
+        str(copy),
+    ]
+    result = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(cli.app, arguments)
+    text = " ".join(plain(result.output).split())
+    assert result.exit_code == 3
+    assert "FAILED" in text
+    assert "they [lie]" in text
+    assert "1 self-checks failed: the attack may be weaker than it looks" in text
+    assert "FAILED" in call("show", "tiny", "--runs", str(copy))
+
+
+def test_the_museum_prints_its_table_and_show_and_list_know_it(tmp_path: Path):
+    folder = str(tmp_path / "runs")
+    text = call("museum", "gradient-killer", "--images", "40", "--ladder", "quick", "--runs", folder)
+    assert "gradient-killer" in text
+    assert "reached" in text
+    assert "40 digits at 0.125" in text
+    assert "the museum" in call("list", "--runs", folder)
+    assert "gradient-killer" in call("show", "museum", "--runs", folder)
+    assert "| gradient-killer |" in call("show", "museum", "--markdown", "--runs", folder)
+
+
 def test_show_and_list_and_publish_only_read(runs: Path, tmp_path: Path):
     stored = Run.find(runs, "tiny")
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
@@ -238,6 +325,9 @@ def test_doctor_says_what_is_here(tmp_path: Path):
         (["run", "digits", "--device", "cuda:99"], r"expected a device of this machine, got 'cuda:99'"),
         (["run", "cifar10"], r"cifar10.*bitquorum data get cifar10"),
         (["run", "digits", "data.name=imagenet"], r"expected the name of a data set, got 'imagenet'"),
+        (["museum", "crosmax"], r"expected an exhibit among .*got 'crosmax'; did you mean 'crossmax'"),
+        (["museum", "--ladder", "tall", "crossmax"], "expected a ladder among quick, standard, full, got 'tall'"),
+        (["museum", "--also", "nobody"], "expected a peer among autoattack-standard"),
         (["evaluate", "digits"], r"expected the path, name or digest of a run in .*got 'digits'; there are none yet"),
         (["show", ""], r"expected the path, name or digest of a run"),
         (["publish", "digits", "out"], r"expected the path, name or digest of a run"),

@@ -94,3 +94,30 @@ def test_refuses_other_losses_and_budgets():
     with pytest.raises(InputError, match="at least one step"):
         FAB(steps=0)
     assert FAB(steps=8, eot=4, targets=2).label == "FAB-T-8x4 t2"
+
+
+def test_counts_an_error_into_another_class_than_the_one_it_heads_for():
+    class Detour(nn.Module):
+        """Class 1 is farther than class 2 on the way to it; nothing of class 2 is seen in the gradient."""
+
+        def forward(self, x):
+            z = torch.stack([0.5 - x[:, 0], x[:, 0] - 1.5, (x[:, 0].detach() > 0.55) * 9.0 - 8.0], -1)
+            return z[None, None]
+
+    images, labels = torch.full((4, 3), 0.5), torch.zeros(4, dtype=torch.int64)
+    found = FAB(steps=30, targets=1)(Detour(), images, labels, epsilon=0.1).images
+    assert bool((Detour()(found)[0, 0].argmax(-1) == 2).all())
+    assert bool(((found - images).abs() <= 0.1 + 1e-6).all())
+
+
+def test_a_tie_that_the_prediction_loses_is_an_error():
+    class Saturated(nn.Module):
+        """Class 0 can be led to the score of class 1, and no further."""
+
+        def forward(self, x):
+            gap = (x[:, 0] - 0.6).clamp(max=0.0)
+            return torch.stack([gap, 0 * gap, gap - 5], -1)[None, None]
+
+    images, labels = torch.full((2, 3), 0.5), torch.ones(2, dtype=torch.int64)
+    found = FAB(steps=10)(Saturated(), images, labels, epsilon=0.2).images
+    assert bool((Saturated()(found)[0, 0].argmax(-1) == 0).all())

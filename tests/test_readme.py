@@ -11,7 +11,7 @@ from typer.main import get_command
 from bitquorum import cli
 from bitquorum.config import read
 from bitquorum.files import read_jsonl
-from bitquorum.report import comparison
+from bitquorum.report import bracket, comparison, museum_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +20,12 @@ PAGES = {
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", re.S)
+RESULTS = re.compile(r"<!-- (results|ladder|museum): (\S+) -->\n(.*?)<!-- end -->", re.S)
+STORED = {
+    "results": ("evaluations/*/metrics.jsonl", comparison),
+    "ladder": ("ladders/*/metrics.jsonl", bracket),
+    "museum": ("metrics.jsonl", museum_table),
+}
 TABLES = [(page, *match) for page, text in PAGES.items() for match in RESULTS.findall(text)]
 
 
@@ -43,13 +48,17 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 100
 
 
-def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+def test_the_python_blocks_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    blocks = [block for language, block in FENCE.findall(README) if language == "python"]
-    assert blocks
-    names: dict[str, object] = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    names: dict[str, object] = {"__name__": "page"}
+    for language, block in FENCE.findall(PAGES[page]):
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+
+
+def test_the_readme_and_the_evaluation_page_show_python():
+    assert all("```python" in PAGES[page] for page in ("README.md", "docs/evaluation.md"))
 
 
 def test_the_readme_shows_the_command_line():
@@ -83,11 +92,12 @@ def test_the_readme_shows_measured_results():
     assert [table for table in TABLES if table[0] == "README.md"], "expected a table between results markers, got none"
 
 
-@pytest.mark.parametrize(("page", "folder", "shown"), TABLES, ids=[f"{table[0]}:{table[1]}" for table in TABLES])
-def test_tables_of_results_are_what_the_stored_rows_render(page: str, folder: str, shown: str):
-    paths = sorted((ROOT / folder).glob("evaluations/*/metrics.jsonl"))
+@pytest.mark.parametrize(("page", "kind", "folder", "shown"), TABLES, ids=[f"{t[0]}:{t[1]}:{t[2]}" for t in TABLES])
+def test_tables_of_results_are_what_the_stored_rows_render(page: str, kind: str, folder: str, shown: str):
+    pattern, render = STORED[kind]
+    paths = sorted((ROOT / folder).glob(pattern))
     assert paths, f"{page} shows results of {folder}, which holds none"
-    expected = comparison([row for path in paths for row in read_jsonl(path)]).markdown()
+    expected = render([row for path in paths for row in read_jsonl(path)]).markdown()
     assert shown.strip() == expected, f"{page}: replace the table of {folder} by:\n{expected}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "APGD": "attacks",
     "Arm": "config",
     "DataChoice": "config",
     "Deterministic": "quantizers",
@@ -23,6 +24,7 @@ _HOME = {
     "Evaluation": "evaluate",
     "Experiment": "config",
     "FGSM": "attacks",
+    "Ladder": "evaluate",
     "Gaussian": "quantizers",
     "Logistic": "quantizers",
     "Objective": "objective",
@@ -35,9 +37,11 @@ _HOME = {
     "calibrate": "conversion",
     "convert": "conversion",
     "draw": "rng",
+    "evaluate_model": "evaluate",
     "load": "data",
     "restore": "conversion",
     "worst": "evaluate",
+    "wrap": "foreign",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  # noqa: PLE0604

@@ -120,6 +120,7 @@ def evaluate(
     """
     from bitquorum import experiment
     from bitquorum.evaluate import Evaluation
+    from bitquorum.interface import ConfigError
     from bitquorum.registry import apply_overrides, decode, encode
     from bitquorum.report import comparison
     from bitquorum.store import Run
@@ -128,6 +129,10 @@ def evaluate(
     if ladder is not None:
         _climb(stored, ladder, overrides or [], epsilon or [], arm or [], also or [], data, _device(device))
         return
+    if given := [name for name, value in (("--epsilon", epsilon), ("--arm", arm), ("--also", also)) if value]:
+        raise ConfigError(
+            f"expected --ladder beside {given[0]}, got none; without it write epsilons=[...], attacks=[...]"
+        )
     table = encode(experiment.experiment_of(stored).evaluation)
     chosen = decode(Evaluation, apply_overrides(table, overrides or []))
     with _resumable(stored), _bars() as listener:
@@ -510,7 +515,7 @@ def _print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None)
     """Print a table; with `group`, a line parts rows that differ in that column."""
     table = RichTable()
     for name in header:
-        table.add_column(escape(name), overflow="fold", no_wrap=name == "attack")
+        table.add_column(escape(name), overflow="fold", no_wrap=name in ("attack", "exhibit"))
     previous = None
     for row in rows:
         if group is not None and previous is not None and row[group] != previous:

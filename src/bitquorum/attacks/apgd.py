@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitquorum.attacks.base import Criterion, Loss, Problem, pooled_loss, targeted_loss
+from bitquorum.attacks.base import Criterion, Loss, Problem, Witness, targeted_loss
 from bitquorum.attacks.gradient import GradientAttack
 from bitquorum.geometry import per_example
 from bitquorum.interface import InputError
@@ -43,8 +43,9 @@ class _AdaptiveSteps(GradientAttack):
         return budget + ("" if self.restarts == 1 else f" r{self.restarts}")
 
     def _climb(self, problem: Problem, criterion: Criterion) -> Float[Tensor, "batch *image"]:
-        x = problem.random_point("start")
-        gradient, loss = self._gradient(problem, x, criterion, 0)
+        x, witness = problem.random_point("start"), Witness(criterion, problem.goal)
+        gradient, loss = self._gradient(problem, x, witness, 0)
+        found, nearest = x.clone(), witness.value
         previous, best, best_loss, best_gradient = x, x.clone(), loss.clone(), gradient.clone()
         length = torch.full_like(loss, 2 * problem.epsilon)
         rises, halved, checkpoint_loss = torch.zeros_like(loss), torch.ones_like(loss, dtype=torch.bool), loss.clone()
@@ -54,7 +55,9 @@ class _AdaptiveSteps(GradientAttack):
             inertia = 0.75 if step > 1 else 1.0
             moved = problem.project(x + inertia * (z - x) + (1 - inertia) * (x - previous))
             previous, x, before = x, moved, loss
-            gradient, loss = self._gradient(problem, x, criterion, step)
+            gradient, loss = self._gradient(problem, x, witness, step)
+            nearer = witness.value > nearest
+            found[nearer], nearest = x[nearer], torch.maximum(nearest, witness.value)
             rises += loss > before
             better = loss > best_loss
             best[better], best_gradient[better] = x[better], gradient[better]
@@ -69,7 +72,7 @@ class _AdaptiveSteps(GradientAttack):
                 loss = torch.where(stuck, best_loss, loss)
                 halved, checkpoint_loss, last = stuck, best_loss.clone(), step
                 rises = torch.zeros_like(rises)
-        return best
+        return found
 
 
 @final
@@ -81,9 +84,10 @@ class APGD(_AdaptiveSteps):
 
     The step begins at $2 \epsilon$. At checkpoints it is halved, and the search goes back to the best point, where the
     loss rose in fewer than 75 % of the steps since the last checkpoint, or where neither step nor best loss has
-    changed. The point of the largest loss is returned. Under noise the loss of a step is its mean over the step's own
-    `eot` draws. With `loss="cross-entropy"` it is APGD-CE, with `dlr` APGD-DLR. Reference: Croce and Hein, 2020,
-    https://arxiv.org/abs/2003.01690, algorithm 1 and section 3. Deviation: draws, which the paper does not have.
+    changed. The point of the largest margin that was met is returned, whatever the loss. Under noise the loss of a step
+    is its mean over the step's own `eot` draws. With `loss="cross-entropy"` it is APGD-CE, with `dlr` APGD-DLR.
+    Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690, algorithm 1 and section 3. Deviations: draws,
+    which the paper does not have; it returns the point of the largest loss.
 
     Attributes:
         steps: Number of steps of each restart.
@@ -99,7 +103,7 @@ class APGD(_AdaptiveSteps):
     def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
         criterion = problem.criterion or self._criterion(problem.labels)
         ends = (self._climb(problem.child("restart", index), criterion) for index in range(self.restarts))
-        return problem.best(ends, criterion, draws=self.selection)
+        return problem.best(ends, problem.goal, draws=self.selection)
 
 
 @final
@@ -138,11 +142,7 @@ class APGDTargeted(_AdaptiveSteps):
         return ("APGD-T-" if self.eot == 1 else "EOT-APGD-T-") + budget + self._options("dlr")
 
     def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
-        return problem.best(
-            self._ends(problem),
-            problem.criterion or partial(pooled_loss, labels=problem.labels, loss="margin", pooling=self.pooling),
-            draws=self.selection,
-        )
+        return problem.best(self._ends(problem), problem.goal, draws=self.selection)
 
     def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
         ranked = wrong_classes(problem, draws=self.selection)

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -124,6 +125,11 @@ class Problem:
         """Return the projected step of the given length (a number, or one for each example) in steepest ascent."""
         return self.project(ascend(x, gradient, length, self.norm))
 
+    @property
+    def goal(self) -> Criterion:
+        """What is positive where the model errs, see `error_margin`; the caller's loss in its place."""
+        return self.criterion or partial(error_margin, labels=self.labels)
+
     def best(
         self, candidates: Iterable[Float[Tensor, "batch *image"]], criterion: Criterion, *, draws: int
     ) -> Float[Tensor, "batch *image"]:
@@ -146,6 +152,25 @@ class Problem:
         if found is None:
             raise InputError("expected at least one candidate, got none")
         return found
+
+
+class Witness:
+    """Climb one loss, and note how near the same passes come to the goal: being wrong, whatever the class.
+
+    Args:
+        criterion: The loss.
+        goal: Of the same logits; its last value is kept.
+    """
+
+    def __init__(self, criterion: Criterion, goal: Criterion) -> None:
+        self.criterion, self.goal = criterion, goal
+        self.value = torch.empty(0)
+
+    def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch"]:
+        """Return the loss."""
+        loss = self.criterion(logits)
+        self.value = loss.detach() if self.goal is self.criterion else self.goal(logits.detach())
+        return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +272,30 @@ def pooled_loss(
       $z_{(1)} - z_{(2)}$ where that exceeds one, held constant: huge logits do not flatten it.
     """
     return pool(logits, pooling, lambda views: view_loss(views, labels, loss))
+
+
+def error_margin(
+    logits: Float[Tensor, "draw member batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch"]:
+    """Return the margin of the mean probability, and just above zero for a tie that the first of its classes wins.
+
+    Scores that saturate can be led to a tie, and no further; the largest score of the lowest index is the prediction.
+
+    Examples:
+        >>> logits = torch.tensor([[[[1.0, 1.0, 0.0]]]])
+        >>> float(error_margin(logits, torch.tensor([0]))), float(error_margin(logits, torch.tensor([1]))) > 0
+        (0.0, True)
+    """
+    score = pooled_score(logits)
+    margin = view_loss(score[None], labels, "margin")[0]
+    tie = (margin == 0) & (score.argmax(-1) != labels)
+    return torch.where(tie, torch.finfo(margin.dtype).tiny, margin)
+
+
+def pooled_score(logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
+    """Return the logarithm of the probability averaged over draws and members."""
+    logp = logits.log_softmax(-1).flatten(0, 1)
+    return logp[0] if len(logp) == 1 else logp.logsumexp(0) - math.log(len(logp))
 
 
 def targeted_loss(

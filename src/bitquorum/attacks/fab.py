@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.attacks.apgd import wrong_classes
-from bitquorum.attacks.base import Criterion, Loss, Problem, pooled_loss, targeted_loss
+from bitquorum.attacks.base import Criterion, Loss, Problem, Witness, targeted_loss
 from bitquorum.attacks.gradient import GradientAttack
 from bitquorum.geometry import Norm, norm_of, per_example
 from bitquorum.interface import InputError
@@ -72,8 +72,7 @@ class FAB(GradientAttack):
         return f"FAB-T-{budget}{targets}{''.join(choices)}{self._options('margin')}"
 
     def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
-        margin = problem.criterion or partial(pooled_loss, labels=problem.labels, loss="margin", pooling=self.pooling)
-        return problem.best(self._ends(problem), margin, draws=self.selection)
+        return problem.best(self._ends(problem), problem.goal, draws=self.selection)
 
     def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
         ranked = wrong_classes(problem, draws=self.selection)
@@ -84,23 +83,23 @@ class FAB(GradientAttack):
             yield problem.project(self.nearest(problem.child("target", rank), boundary))
 
     def nearest(self, problem: Problem, boundary: Criterion) -> Float[Tensor, "batch *image"]:
-        """Return the nearest point found where `boundary` is positive; the last one where none was found."""
-        images = problem.images
+        """Return the nearest point found that the model errs on, into whatever class; the last one where none was."""
+        images, witness = problem.images, Witness(boundary, problem.goal)
         x, found = images, images.clone()
         best = torch.full_like(images.flatten(1)[:, 0], torch.inf)
         for step in range(self.steps):
-            gradient, value = self._gradient(problem, x, boundary, step)
-            length = norm_of(x - images, problem.norm)
-            better = (value > 0) & (length < best)
+            gradient, value = self._gradient(problem, x, witness, step)
+            length, fooled = norm_of(x - images, problem.norm), witness.value > 0
+            better = fooled & (length < best)
             found[better], best = x[better], torch.where(better, length, best)
-            drawn = torch.where(per_example(value > 0, x), images + self.backward * (x - images), x)
-            here = to_hyperplane(drawn, gradient, value + _along(gradient, drawn - x), problem.norm)
+            here = to_hyperplane(x, gradient, value, problem.norm)
             there = to_hyperplane(images, gradient, value + _along(gradient, images - x), problem.norm)
             lengths = norm_of(here, problem.norm), norm_of(there, problem.norm)
             share = (lengths[0] / (lengths[0] + lengths[1]).clamp(min=1e-30)).clamp(max=self.alpha)
             share = per_example(share, x)
-            x = (1 - share) * (drawn + self.overshoot * here) + share * (images + self.overshoot * there)
-            x = x.clamp(0, 1)
+            moved = (1 - share) * (x + self.overshoot * here) + share * (images + self.overshoot * there)
+            drawn = images + self.backward * (x - images)
+            x = torch.where(per_example(fooled, x), drawn, moved.clamp(0, 1))
         return torch.where(per_example(best.isinf(), x), x, found)
 
 

@@ -3,18 +3,21 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bitquorum.attacks import PGD
+from bitquorum.attacks import PGD, Attack, Transfer
 from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder
 from bitquorum.evaluate.presets import ladder_named
 from bitquorum.evaluate.selfchecks import Verdict, run_checks
 from bitquorum.foreign import Finding, Wrapped, wrap
 from bitquorum.geometry import Norm
 from bitquorum.interface import Model
+
+_OWN: Final = "own gradient"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,8 +73,8 @@ def evaluate_model(
 
     A foreign model is inspected first (`foreign.wrap`): one that is random, in training mode, without gradients or that
     returns probabilities is adapted to, or refused with a reason. Where its own gradients are zero, or lead less far
-    than relaxed ones in a short trial, attacks see it with relaxed derivatives (`relax`); what they do not see, the
-    relaxed copy or the model's own gradients, is a source of transfer attacks.
+    than relaxed ones in a short trial, attacks see it with relaxed derivatives (`relax`), and in the latter case the
+    white-box rungs are climbed once more by its own. Elsewhere a relaxed copy is a source of transfer attacks.
 
     Args:
         model: From images to logits `[images, classes]`; an `Ensemble` or any module.
@@ -104,13 +107,23 @@ def evaluate_model(
         masked = None if wrapped.needs_relaxing else _masked(wrapped, relaxed, examples, chosen, epsilon)
         if wrapped.needs_relaxing or masked:
             shown = relaxed
-        findings += (masked,) if masked else ()
-        held = {"own gradient" if masked else "relaxed copy": wrapped if masked else relaxed, **held}
+        if masked:
+            findings += (masked,)
+            chosen = replace(chosen, rungs=(*chosen.rungs, *_by_own_gradients(chosen)))
+            held = {_OWN: wrapped, **held}
+        else:
+            held = {"relaxed copy": relaxed, **held}
     started = time.monotonic()
     climb = chosen(wrapped, examples, epsilon=epsilon, sources=held, shown=shown)
     seconds = time.monotonic() - started
     verdicts = run_checks(wrapped, examples, chosen, climb, sources=held, shown=shown) if chosen.check_images else []
     return Report(climb=climb, verdicts=tuple(verdicts), findings=findings, tries=chosen.tries, seconds=seconds)
+
+
+def _by_own_gradients(ladder: Ladder) -> list[Attack]:
+    """Return the white-box rungs once more, as the model's own gradients lead them."""
+    rungs = [rung for rung in (ladder.claim, *ladder.rungs) if rung.kind == "white-box" and not hasattr(rung, "source")]
+    return [Transfer(source=_OWN, attack=rung) for rung in rungs]
 
 
 def _masked(model: Wrapped, relaxed: Wrapped, examples: Examples, ladder: Ladder, epsilon: float) -> Finding | None:

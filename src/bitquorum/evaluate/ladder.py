@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import rng
-from bitquorum.attacks import Attack, Kind, RandomNoise, Square
+from bitquorum.attacks import FAB, Attack, Kind, RandomNoise, Square
 from bitquorum.attacks.blackbox import EstimatedGradient
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
@@ -170,9 +170,10 @@ class Ladder(Method):
     def rungs_for(self, model: Model, sources: Collection[str] = ()) -> tuple[Attack, ...]:
         """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
 
-        A model without noise needs one draw a step, and attacks by queries take their draws as queries; one without our quantizers no choice of their backward pass and no
-        copy without their noise, one with a single member and no noise no choice of pooling. What is equal then is
-        climbed once. A rung whose source is `*` stands for one rung for each of `sources`.
+        A model without noise needs one draw a step, and attacks by queries take their draws as queries; one without our
+        quantizers no choice of their backward pass and no copy without their noise, one with a single member and no
+        noise no choice of pooling. What is equal then is climbed once. A rung whose source is `*` stands for one rung
+        for each of `sources`.
         """
         chosen: dict[str, Attack] = {}
         for attack in (self.claim, *self.rungs):
@@ -466,10 +467,12 @@ def _fit(attack: Attack, model: Model) -> Attack:
 
 
 def _as_queries(attack: Attack) -> dict[str, Any]:
-    """Return the budget of an attack without gradients where each draw becomes another query."""
+    """Return the budget of an attack whose draws are better spent on queries or steps."""
     match attack:
         case Square():
             return {"queries": attack.queries * attack.eot * (2 if attack.fresh else 1)}
+        case FAB():
+            return {"steps": attack.steps * attack.eot}
         case EstimatedGradient():
             return {"directions": attack.directions * attack.eot}
         case RandomNoise():

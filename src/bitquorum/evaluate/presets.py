@@ -71,7 +71,7 @@ def standard() -> Ladder:
             APGDTargeted(steps=12, eot=8, targets=5, loss="margin", pooling="mean-probability"),
             ARC(steps=5, eot=4),
             MORA(steps=10, eot=8),
-            FAB(steps=8, eot=4, targets=2),
+            FAB(steps=10, eot=4, targets=5),
             *_transfers(PGD(steps=20, loss="margin")),
             Square(queries=50, eot=4),
             SPSA(steps=5, directions=8, eot=2),

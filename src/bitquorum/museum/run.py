@@ -44,6 +44,7 @@ class Museum(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        ladder_named(self.ladder)
         for name in self.exhibits:
             if name not in NAMES:
                 raise ConfigError(f"expected an exhibit among {', '.join(NAMES)}, got {name!r}; {nearest(name, NAMES)}")
