@@ -146,7 +146,9 @@ def test_again_computes_nothing(copied: Run, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("at", [3, 13])
-def test_interrupted_work_resumes_to_the_same_end(at: int, climbed: Run, copied: Run, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_work_resumes_to_the_same_end(
+    at: int, experiment: Experiment, climbed: Run, copied: Run, monkeypatch: pytest.MonkeyPatch
+):
     shutil.rmtree(copied.path / "ladders")
     count = 0
     write = module._write
@@ -162,6 +164,13 @@ def test_interrupted_work_resumes_to_the_same_end(at: int, climbed: Run, copied:
     with pytest.raises(StopError):
         climb_run(copied, LADDER)
     monkeypatch.setattr(module, "_write", write)
+    (folder,) = copied.path.glob("ladders/*")
+    finished = {path.parent.name for path in folder.glob("*/verdicts.jsonl")}
+    assert (
+        {row["arm"] for row in module._collect(folder, experiment, LADDER)}
+        == finished
+        == ({"plain"} if at > 12 else set())
+    )
     rows = climb_run(copied, LADDER)
     assert rows == ladder_rows(climbed, LADDER)
     for name, tensors in states(climbed).items():

@@ -260,3 +260,21 @@ def test_what_a_quiet_model_spares_in_draws_becomes_queries():
     ]
     plan = ladder(*rungs)
     assert plan.passes(linear()).forward < plan.passes(random_network()).forward + 4
+
+
+def test_rungs_without_the_norm_are_left_out():
+    plan = ladder(Square(queries=10), APGD(steps=5), norm="l2", epsilons=(0.5,))
+    assert [rung.label for rung in plan.rungs_for(linear())] == ["PGD-5", "APGD-5"]
+    model, examples = linear(), examples_of(30)
+    climb = plan(model, examples, epsilon=0.5)
+    moved = (climb.images - examples.images).norm(dim=1)
+    assert float(moved.max()) <= 0.5 + 1e-5
+    assert climb.steps[1].largest == pytest.approx(float(moved.max()), abs=1e-5)
+    weight, bias = model.members[0].weight, model.members[0].bias
+    sign = 1 - 2.0 * examples.labels
+    margin = sign * (examples.images @ (weight[0] - weight[1]) + bias[0] - bias[1]) / (weight[0] - weight[1]).norm()
+    inside = ((examples.images - 0.5).abs() + 0.5 / 12**0.5 < 0.5).all(1)  # where the box does not cut the step
+    clear = (margin - 0.5).abs() > 0.02
+    assert torch.equal(climb.standing[inside & clear], (margin > 0.5)[inside & clear])
+    with pytest.raises(InputError, match="expected a claim that has the norm l2"):
+        Ladder(name="t", claim=Square(queries=2), rungs=(), norm="l2")

@@ -220,7 +220,7 @@ class Attack(Method, ABC):
             InputError: for images outside [0, 1] or not finite, labels of the wrong shape, a negative epsilon, a norm
                 that the attack does not have.
         """
-        check_inputs(images, labels, epsilon)
+        check_inputs(images, labels, epsilon, norm)
         if norm not in self.norms:
             raise InputError(f"expected a norm of {self.label} among {', '.join(self.norms)}, got {norm!r}")
         if examples is None:
@@ -364,7 +364,7 @@ def _take(views: Float[Tensor, "view batch classes"], classes: Int[Tensor, "batc
     return views.gather(-1, classes.expand(len(views), -1)[..., None])[..., 0]
 
 
-def check_inputs(images: Tensor, labels: Tensor, epsilon: float) -> None:
+def check_inputs(images: Tensor, labels: Tensor, epsilon: float, norm: Norm = "linf") -> None:
     """Raise `InputError` for inputs that no attack can take."""
     if not images.is_floating_point() or images.dim() < 2:
         raise InputError(
@@ -381,8 +381,9 @@ def check_inputs(images: Tensor, labels: Tensor, epsilon: float) -> None:
         raise InputError(
             f"expected int64 labels of shape ({len(images)},), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    if not 0 <= epsilon <= 1:
-        raise InputError(f"expected epsilon in [0, 1], in units of the image, got {epsilon}")
+    if not 0 <= epsilon < math.inf or (norm == "linf" and epsilon > 1):
+        interval = "[0, 1]" if norm == "linf" else "[0, inf)"
+        raise InputError(f"expected epsilon in {interval}, in units of the image, got {epsilon}")
 
 
 def check_choices(loss: str, pooling: str) -> None:

@@ -119,7 +119,7 @@ class Ladder(Method):
         claim: The attack of the claim as worded: projected gradient descent through the stochastic quantizer.
         rungs: The other attacks, in order.
         epsilons: Radii, in units of the image.
-        norm: `linf` or `l2`; every rung must have it.
+        norm: `linf` or `l2`; rungs that do not have it are left out.
         examples: Number of test images, balanced over classes; 0 for all.
         draws: Judging draws.
         survivors: Decides on selection draws which images still stand.
@@ -157,9 +157,8 @@ class Ladder(Method):
         labels = [attack.label for attack in (self.claim, *self.rungs)]
         if len(set(labels)) != len(labels):
             raise InputError(f"expected rungs with different labels, got {labels}")
-        for attack in (self.claim, *self.rungs):
-            if self.norm not in attack.norms:
-                raise InputError(f"expected rungs that have the norm {self.norm}, got {attack.label}")
+        if self.norm not in self.claim.norms:
+            raise InputError(f"expected a claim that has the norm {self.norm}, got {self.claim.label}")
 
     def choose(self, data: ImageSet) -> ImageSet:
         """Return the images to evaluate on: those of an `Evaluation` of equal number and seed."""
@@ -177,6 +176,8 @@ class Ladder(Method):
         """
         chosen: dict[str, Attack] = {}
         for attack in (self.claim, *self.rungs):
+            if self.norm not in attack.norms:
+                continue
             for rung in _with_sources(attack, sources):
                 if getattr(rung, "source", None) in get_args(Twin) and not is_quantized(model):
                     continue

@@ -228,7 +228,7 @@ def gradients(bench: _Bench) -> Verdict:
 
 
 def large_radius(bench: _Bench) -> Verdict | None:
-    """Ask whether the accuracy falls to zero at radius 1/2, where every image can be made grey."""
+    """Ask whether the accuracy falls to zero at radius 1/2, where every image can be made grey (maximum norm only)."""
     if bench.arena.ladder.norm != "linf":
         return None
     rungs = [bench.rungs[0], next((rung for rung in bench.rungs if isinstance(rung, APGD)), APGD())]

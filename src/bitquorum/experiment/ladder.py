@@ -237,9 +237,11 @@ def _step(row: dict[str, Any]) -> Step:
 
 
 def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str, Any]]:
-    """Return the rows of all climbed arms: the bracket, then each rung."""
+    """Return the rows of the arms that are climbed to the end: the bracket, then each rung."""
     rows: list[dict[str, Any]] = []
     for arm in experiment.arms:
+        if not (folder / arm.name / "verdicts.jsonl").exists():
+            continue
         for path in sorted((folder / arm.name).glob("climb@*.safetensors")):
             climb = _read(path)
             common = {"arm": arm.name, "members": arm.precision, "split": "test"}

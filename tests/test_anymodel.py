@@ -1,0 +1,109 @@
+"""Test that any module can be evaluated, and that the evaluation adapts to what the module is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitquorum.attacks import PGD, Square, Transfer
+from bitquorum.data import load
+from bitquorum.evaluate import Ladder, Report, evaluate_model
+from bitquorum.foreign import wrap
+from bitquorum.interface import ConfigError, InputError
+from bitquorum.museum.exhibits import Wrapped, crossmax, network, rounding
+
+LADDER = Ladder(
+    name="test",
+    claim=PGD(steps=10, eot=2),
+    rungs=(Transfer(source="*", attack=PGD(steps=10, loss="margin")), Square(queries=10)),
+    draws=10,
+    check_images=0,
+)
+EPSILON = 0.125
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    batch = load("digits", "test").take(50).batch(torch.arange(50))
+    return batch.images, batch.labels
+
+
+def evaluate(model: nn.Module, digits: tuple[Tensor, Tensor], **options) -> Report:
+    return evaluate_model(model, *digits, **{"epsilon": EPSILON, "ladder": LADDER, **options})
+
+
+def rungs(report: Report) -> list[str]:
+    return [step.rung for step in report.climb.steps]
+
+
+def test_a_plain_module_is_attacked_by_its_gradients_and_from_a_relaxed_copy(digits: tuple[Tensor, Tensor]):
+    report = evaluate(network(0), digits)
+    assert rungs(report) == ["clean", "PGD-10", "from relaxed copy: PGD-10 margin", "Square-20 kept values mean-loss"]
+    assert report.findings == ()
+    assert report.seconds > 0
+    assert report.climb.worst.value < report.climb.clean.value - 0.2
+    text = str(report)
+    assert "claim as worded" in text
+    assert "worst case over the ladder" in text
+    assert f"{report.climb.worst.images} images, 10 draws" in text
+
+
+def test_a_module_without_gradients_is_seen_with_relaxed_ones(digits: tuple[Tensor, Tensor]):
+    plain = evaluate(network(0), digits).climb.worst.value
+    report = evaluate(Wrapped([network(0)], image=rounding()).eval(), digits)
+    assert [finding.name for finding in report.findings] == ["zero-gradient"]
+    assert report.climb.worst.value <= plain + 0.04
+    assert "found: 100 % of the images have no gradient" in str(report)
+
+
+def test_a_module_with_misleading_gradients_is_climbed_by_both(digits: tuple[Tensor, Tensor]):
+    report = evaluate(Wrapped([network(0), network(1), network(2)], combine=crossmax).eval(), digits)
+    assert [finding.name for finding in report.findings] == ["masked-gradient"]
+    assert "from own gradient: PGD-10" in rungs(report)
+    assert "from relaxed copy: PGD-10 margin" not in rungs(report)
+
+
+def test_a_random_module_gives_the_same_report_again_and_leaves_the_generator_alone(digits: tuple[Tensor, Tensor]):
+    noisy = nn.Sequential(nn.Dropout(0.1).train(), network(0))
+    noisy.training = False
+    state = torch.get_rng_state()
+    first, second = (evaluate(noisy, digits) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.climb.steps == second.climb.steps
+    assert torch.equal(first.climb.correct, second.climb.correct)
+    assert [finding.name for finding in first.findings] == ["random"]
+    assert evaluate(noisy, digits, seed=1).climb.steps != first.climb.steps
+
+
+def test_modules_that_the_attacker_holds_are_sources(digits: tuple[Tensor, Tensor]):
+    report = evaluate(network(0), digits, sources={"sister": network(1)})
+    assert "from sister: PGD-10 margin" in rungs(report)
+
+
+def test_a_wrapped_model_is_not_inspected_again(digits: tuple[Tensor, Tensor]):
+    model = wrap(network(0), *digits)
+    report = evaluate(model, digits)
+    assert report.climb.steps == evaluate(network(0), digits).climb.steps
+
+
+def test_l2_and_names_of_ladders(digits: tuple[Tensor, Tensor]):
+    report = evaluate(network(0), digits, ladder=replace(LADDER), norm="l2", epsilon=0.5)
+    moved = (report.climb.images - digits[0]).flatten(1).norm(dim=1)
+    assert float(moved.max()) <= 0.5 + 1e-5
+    assert "Square-20 kept values mean-loss" not in rungs(report)
+    with pytest.raises(ConfigError, match="expected a ladder among quick, standard, full, got 'quik'; did you mean"):
+        evaluate(network(0), digits, ladder="quik")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (2 * images, labels), r"images in \[0, 1\]"),
+        (lambda images, labels: (images * float("nan"), labels), "finite"),
+        (lambda images, labels: (images, labels + 5), "labels below the model's 10 classes"),
+    ],
+)
+def test_bad_inputs_are_one_clear_error(change, message: str, digits: tuple[Tensor, Tensor]):
+    with pytest.raises(InputError, match=message):
+        evaluate(network(0), change(*digits))
