@@ -174,6 +174,19 @@ def test_again_computes_nothing(copied: Run, monkeypatch: pytest.MonkeyPatch):
     assert after == before
 
 
+def test_an_evaluation_of_before_a_field_was_there_is_found(copied: Run, monkeypatch: pytest.MonkeyPatch):
+    (folder,) = copied.path.glob("evaluations/*")
+    text = (folder / "evaluation.toml").read_text()
+    shorter = text.replace("momentum = 0.0\n", "")
+    assert shorter != text
+    (folder / "evaluation.toml").write_text(shorter)
+    folder.rename(folder.parent / "0123456789ab")
+    monkeypatch.setattr(Evaluation, "__call__", fail)
+    assert evaluate(copied, TINY.evaluation) == results(copied)
+    assert results(copied)
+    assert progress_of(copied) == "complete"
+
+
 def test_lost_rows_come_back_from_the_outcomes(copied: Run, finished: Run, monkeypatch: pytest.MonkeyPatch):
     (path,) = copied.path.glob("evaluations/*/metrics.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))

@@ -11,7 +11,7 @@ from typer.main import get_command
 from bitquorum import cli
 from bitquorum.config import read
 from bitquorum.files import read_jsonl
-from bitquorum.report import bracket, comparison, museum_table
+from bitquorum.report import Table, bracket, comparison, museum_table, peer_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,11 +20,12 @@ PAGES = {
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-RESULTS = re.compile(r"<!-- (results|ladder|museum): (\S+) -->\n(.*?)<!-- end -->", re.S)
+RESULTS = re.compile(r"<!-- (results|ladder|museum|peers): (\S+) -->\n(.*?)<!-- end -->", re.S)
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
     "museum": ("metrics.jsonl", museum_table),
+    "peers": ("metrics.jsonl", peer_table),
 }
 TABLES = [(page, *match) for page, text in PAGES.items() for match in RESULTS.findall(text)]
 
@@ -97,7 +98,9 @@ def test_tables_of_results_are_what_the_stored_rows_render(page: str, kind: str,
     pattern, render = STORED[kind]
     paths = sorted((ROOT / folder).glob(pattern))
     assert paths, f"{page} shows results of {folder}, which holds none"
-    expected = render([row for path in paths for row in read_jsonl(path)]).markdown()
+    table = render([row for path in paths for row in read_jsonl(path)])
+    assert isinstance(table, Table)
+    expected = table.markdown()
     assert shown.strip() == expected, f"{page}: replace the table of {folder} by:\n{expected}"
 
 

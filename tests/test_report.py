@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import bitquorum
-from bitquorum.report import Table, comparison, environments
+from bitquorum.report import Table, bracket, comparison, environments, museum_table, peer_table, rungs
 from bitquorum.report.tables import epsilon_label
 
 
@@ -125,3 +125,83 @@ def test_reports_import_nothing_that_computes():
             for name in names:
                 assert name.split(".")[0] != "torch", path
                 assert not name.startswith("bitquorum.") or name.startswith("bitquorum.report"), path
+
+
+def step(arm: str, number: int, attack: str, value: float, **more: Any) -> dict[str, Any]:
+    facts = {"name": "left", "step": number, "kind": "white-box", "attacked": 50, "broke": 3, "worst_by": 4}
+    return row(arm, attack, 8 / 255, value, **facts, forward=1200, backward=600, **more)
+
+
+LADDER = [
+    row("plain", "clean", 0.0, 0.9, name="accuracy"),
+    row("plain", "claim: PGD-20", 8 / 255, 0.5, name="accuracy"),
+    row("plain", "worst", 8 / 255, 0.4, name="accuracy"),
+    {
+        key: value
+        for key, value in row("plain", "worst", 8 / 255, 0.3, name="worst of 5 tries").items()
+        if key[0] != "l"
+    },
+    step("plain", 0, "clean", 0.9),
+    step("plain", 1, "PGD-20", 0.5, alone_value=0.5),
+    step("plain", 2, "APGD-20 dlr", 0.4),
+    row("noisy", "clean", 0.0, 0.8, name="accuracy"),
+    row("noisy", "claim: EOT-PGD-20x10", 8 / 255, 0.6, name="accuracy"),
+    row("noisy", "worst", 8 / 255, 0.55, name="accuracy"),
+    row("noisy", "autoattack-rand 0.2", 8 / 255, 0.58, name="second opinion"),
+]
+
+
+def test_the_bracket_sets_the_claim_above_the_worst_case_for_every_arm():
+    table = bracket(LADDER)
+    assert table.header == ("epsilon", "accuracy", "plain", "noisy")
+    assert table.rows == (
+        ("", "members", "fp", "fp"),
+        ("0", "clean", "90.0 [80, 100]", "80.0 [70, 90]"),
+        ("8/255", "claim as worded (PGD-20, EOT-PGD-20x10)", "50.0 [40, 60]", "60.0 [50, 70]"),
+        ("8/255", "worst case over the ladder", "40.0 [30, 50]", "55.0 [45, 65]"),
+        ("8/255", "worst of 5 tries", "30.0", "-"),
+        ("8/255", "autoattack-rand 0.2", "-", "58.0 [48, 68]"),
+    )
+
+
+def test_rungs_show_what_each_met_broke_and_left():
+    table = rungs(LADDER, "plain", 8 / 255)
+    assert table.rows[1] == ("PGD-20", "white-box", "50", "3", "4", "50.0", "50.0 [40, 60]", "1,200 + 600")
+    assert table.rows[2][5] == "-"
+
+
+MUSEUM = [
+    {"exhibit": "x", "who": "twin", "by": "ladder quick", "value": 0.3, "images": 200, "epsilon": 0.125},
+    {
+        "exhibit": "x",
+        "who": "defended",
+        "by": "ladder quick",
+        "value": 0.33,
+        "images": 200,
+        "epsilon": 0.125,
+        "clean": 0.9,
+        "claim": 0.5,
+        "failed_checks": ["effort", "gradients"],
+    },
+]
+PEER = {"exhibit": "x", "who": "defended", "version": "1.2"}
+
+
+def test_the_museum_says_where_the_twin_is_not_reached():
+    assert museum_table(MUSEUM).rows == (("x", "90.0", "50.0", "30.0", "33.0", "NOT reached", "effort, gradients"),)
+    near = [MUSEUM[0], MUSEUM[1] | {"value": 0.32, "failed_checks": []}]
+    assert museum_table(near).rows[0][-2:] == ("reached", "none")
+    assert peer_table(MUSEUM) is None
+
+
+def test_peers_are_shown_with_what_they_say_themselves():
+    opinions = [
+        PEER | {"by": "rand", "value": 0.5, "claimed": 0.4},
+        PEER | {"by": "pgd", "value": 0.6, "claimed": None},
+        PEER | {"by": "ce", "value": None, "claimed": None},
+    ]
+    table = peer_table(MUSEUM + opinions)
+    assert table is not None
+    assert table.header == ("exhibit", "ladder quick", "rand", "pgd", "ce")
+    assert table.rows == (("x", "33.0", "50.0 (says 40.0)", "60.0", "fails"),)
+    assert "rand 1.2, pgd 1.2, ce 1.2" in table.note

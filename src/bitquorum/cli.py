@@ -150,7 +150,7 @@ def show(
     """Print the stored table of a run, without computing anything."""
     from bitquorum.experiment import ladder_rows, ladders, results
     from bitquorum.museum import is_museum, museum_rows
-    from bitquorum.report import bracket, comparison, museum_table
+    from bitquorum.report import bracket, comparison, museum_table, peer_table
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
@@ -158,7 +158,8 @@ def show(
         print((stored.path / "config.toml").read_text(encoding="utf-8"), end="")
         return
     if is_museum(stored):
-        tables = [museum_table(rows)] if (rows := museum_rows(stored)) else []
+        found = (museum_table(rows), peer_table(rows)) if (rows := museum_rows(stored)) else ()
+        tables = [table for table in found if table]
     else:
         tables = [comparison(rows)] if (rows := results(stored)) else []
         tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
@@ -227,14 +228,16 @@ def museum(
     """
     from bitquorum.museum import NAMES, Museum, visit
     from bitquorum.registry import encode
-    from bitquorum.report import museum_table
+    from bitquorum.report import museum_table, peer_table
     from bitquorum.store import Run
 
     chosen = Museum(exhibits=tuple(exhibits or NAMES), images=images, ladder=ladder, also=tuple(also or ()))
     with _resumable(Run.create(runs, "museum", encode(chosen))), _bars() as listener:
         stored, rows = visit(chosen, runs, listener=listener)
     table = museum_table(rows)
-    _print_table(table)
+    for shown in (table, peer_table(rows)):
+        if shown:
+            _print_table(shown)
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
     if any("NOT reached" in row for row in table.rows):
         sys.exit(3)

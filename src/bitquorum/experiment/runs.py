@@ -2,8 +2,9 @@
 
 import re
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, final
@@ -26,8 +27,8 @@ from bitquorum.files import (
     save_tensors,
     truncate_jsonl,
 )
-from bitquorum.interface import ConfigError, Cost, DataError, Listener, Method
-from bitquorum.registry import digest, encode, to_toml
+from bitquorum.interface import ConfigError, Cost, DataError, InputError, Listener, Method
+from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
 from bitquorum.train import Progress
 
@@ -326,8 +327,18 @@ def _statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def evaluation_folder(stored: Run, evaluation: Method) -> Path:
-    """Return the folder of an evaluation: each has its own, named by its digest."""
-    return stored.path / "evaluations" / digest(evaluation)
+    """Return the folder of an evaluation: each has its own, named by its digest.
+
+    An evaluation that an earlier version stored, before a field was there that now has its default, is found too.
+    """
+    path = stored.path / "evaluations" / digest(evaluation)
+    for other in sorted(stored.path.glob("evaluations/*/evaluation.toml")):
+        if path.exists():
+            break
+        with suppress(InputError, OSError, ValueError):
+            if decode(type(evaluation), tomllib.loads(other.read_text(encoding="utf-8"))) == evaluation:
+                return other.parent
+    return path
 
 
 def _write_cell(folder: Path, cell: Cell, data: ImageSet) -> None:

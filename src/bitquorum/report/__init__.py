@@ -1,7 +1,7 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
 from bitquorum.report.ladder import bracket, rungs
-from bitquorum.report.museum import museum_table
+from bitquorum.report.museum import museum_table, peer_table
 from bitquorum.report.tables import Table, comparison, environments, epsilon_label
 
-__all__ = ["Table", "bracket", "comparison", "environments", "epsilon_label", "museum_table", "rungs"]
+__all__ = ["Table", "bracket", "comparison", "environments", "epsilon_label", "museum_table", "peer_table", "rungs"]
