@@ -188,7 +188,7 @@ def test_one_arm_at_a_time_ends_in_the_same_rows(climbed: Run, copied: Run):
 
 def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
     copy = Run(path=Path(shutil.copytree(trained.path, tmp_path / trained.path.name)))
-    plan = replace(LADDER, epsilons=(16 / 255,), check_images=4)
+    plan = replace(LADDER, rungs=(FGSM(),), epsilons=(16 / 255,), check_images=4)
     heard: list[str] = []
 
     class Ear(Listener):

@@ -34,7 +34,8 @@ def random_network() -> Ensemble:
 
 
 def ladder(*rungs: Attack, **options) -> Ladder:
-    options = {"epsilons": (0.05,), "draws": 20, "batch_size": 16, **options}
+    few = SequentialTest(least=4, most=12)
+    options = {"epsilons": (0.05,), "draws": 20, "batch_size": 16, "survivors": few, **options}
     return Ladder(name="test", claim=PGD(steps=5, eot=2), rungs=rungs, **options)
 
 
@@ -95,13 +96,14 @@ def test_everywhere_lets_every_rung_meet_every_image():
 
 
 def test_the_stated_accuracy_is_that_of_draws_nobody_saw():
-    model, examples = random_network(), examples_of(80)
-    climb = ladder(APGD(steps=10, eot=4), PGD(steps=5, eot=4, loss="margin"), draws=50)(model, examples, epsilon=0.1)
-    with torch.no_grad(), rng.draw(list(range(10_000, 10_400)), examples.index):
+    model, examples = random_network(), examples_of(40)
+    rungs = (APGD(steps=10, eot=4), PGD(steps=5, eot=4, loss="margin"))
+    climb = ladder(*rungs, draws=50, survivors=SequentialTest())(model, examples, epsilon=0.1)
+    with torch.no_grad(), rng.draw(list(range(10_000, 10_200)), examples.index):
         fresh = model.predict(model(climb.images)) == examples.labels
     unseen = interval(fresh)
     assert climb.worst.low <= unseen.value <= climb.worst.high
-    assert abs(climb.worst.value - unseen.value) < 4 * 0.5 / (80 * 50) ** 0.5
+    assert abs(climb.worst.value - unseen.value) < 4 * 0.5 / (40 * 50) ** 0.5
     assert climb.worst.value <= climb.claimed.value + 0.01
 
 
@@ -227,7 +229,7 @@ def test_on_tiny_quantized_networks_the_ladder_finds_what_enumeration_finds():
     ticks = torch.linspace(-1, 1, 101)
     grid = torch.cartesian_prod(ticks, ticks)
     epsilon, shares, stands, images = 0.1, [], [], 0.2 + 0.6 * torch.rand(25, 2)
-    for seed in range(3):
+    for seed in range(2):
         with rng.torch_seed(seed):
             network = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
         network[0].bias.data = -0.5 * network[0].weight.data.sum(1)
@@ -243,7 +245,7 @@ def test_on_tiny_quantized_networks_the_ladder_finds_what_enumeration_finds():
         pairs = zip(images, labels, strict=True)
         shares += [float((model.predict(model(x + epsilon * grid))[0] != y).float().mean()) for x, y in pairs]
     wrong, ours = torch.tensor(shares), torch.cat(stands)  # share of the ball that is adversarial
-    assert 40 < int((wrong > 0).sum()) < 70
+    assert 30 < int((wrong > 0).sum()) < 48
     assert bool(ours[wrong == 0].all()), "nothing breaks what cannot be broken"
     missed = wrong[(wrong > 0) & ours]
     assert bool((missed < 0.05).all()), "what is missed are pockets of less than a twentieth of the ball"
