@@ -52,6 +52,7 @@ COMMANDS = {
     "run": "Train and attack every arm",
     "train": "Train every arm of an experiment without attacking it",
     "evaluate": "Attack a trained run",
+    "plane": "Lay evaluated runs into the adversarial information plane",
     "museum": "Climb the ladder with broken defences",
     "show": "Print the stored table of a run",
     "list": "List the stored runs, or the presets",
@@ -349,7 +350,7 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BITQUORUM_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(cli._Bars, "advance", lambda *_, **__: None)
+    monkeypatch.setattr(cli.shared.Bars, "advance", lambda *_, **__: None)
     assert re.search(message, refused(capsys, monkeypatch, *arguments))
 
 

@@ -4,6 +4,7 @@ from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
 from bitquorum.evaluate.anymodel import Report, evaluate_model
 from bitquorum.evaluate.evaluation import CLEAN, WORST, Cell, Evaluation, judge, worst
 from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder, Step
+from bitquorum.evaluate.observe import observe
 from bitquorum.evaluate.presets import LADDERS, ladder_named
 from bitquorum.evaluate.selfchecks import Verdict, run_checks
 from bitquorum.evaluate.sequential import SequentialTest, Tally
@@ -28,6 +29,7 @@ __all__ = [
     "interval",
     "judge",
     "ladder_named",
+    "observe",
     "run_checks",
     "worst",
     "worst_of",

@@ -35,6 +35,7 @@ class Cell:
         correct: Whether each fresh prediction of each image was right.
         cost: Passes spent by the attack on each image.
         largest: Largest perturbation found, in the maximum norm.
+        images: The adversarial images, on the CPU; none for clean images and for worst cases.
     """
 
     attack: str
@@ -42,6 +43,7 @@ class Cell:
     correct: Bool[Tensor, "draws images"]
     cost: Cost
     largest: float
+    images: Float[Tensor, "images *image"] | None = None
 
     def accuracy(self) -> Accuracy:
         """Return the expected accuracy with its interval."""
@@ -118,7 +120,7 @@ class Evaluation(Method):
         total = len(missing) * math.ceil(len(data) / self.batch_size)
         count = 0
         for label, epsilon in missing:
-            parts: list[tuple[Tensor, Cost, float]] = []
+            parts: list[tuple[Tensor, Cost, float, Tensor]] = []
             for batch in data.batches(self.batch_size, device=device):
                 parts.append(self._attack(ensemble, batch, attacks.get(label), epsilon))
                 count += 1
@@ -131,6 +133,7 @@ class Evaluation(Method):
                 correct=correct,
                 cost=parts[0][1],
                 largest=max(part[2] for part in parts),
+                images=torch.cat([part[3] for part in parts]) if label in attacks else None,
             )
             known[label, epsilon] = cell
             if on_cell:
@@ -139,14 +142,14 @@ class Evaluation(Method):
 
     def _attack(
         self, ensemble: Ensemble, batch: Batch, attack: Attack | None, epsilon: float
-    ) -> tuple[Tensor, Cost, float]:
+    ) -> tuple[Tensor, Cost, float, Tensor]:
         images, cost = batch.images, Cost()
         if attack is not None:
             seed = rng.derive(self.seed, "attack", attack.label, repr(epsilon))
             result = attack(ensemble, images, batch.labels, epsilon=epsilon, examples=batch.examples, seed=seed)
             images, cost = result.images, result.cost
         correct = judge(ensemble, images, batch, draws=self.draws, seed=rng.derive(self.seed, "judge"))
-        return correct.cpu(), cost, float((images - batch.images).abs().max())
+        return correct.cpu(), cost, float((images - batch.images).abs().max()), images.cpu()
 
 
 @torch.no_grad()

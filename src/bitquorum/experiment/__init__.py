@@ -1,6 +1,8 @@
 """Run experiments into the store: build, train, attack; every part resumes where a kill left it."""
 
+from bitquorum.experiment.detect import detect_run, last_attack
 from bitquorum.experiment.ladder import climb_run, ladder_rows, ladders, usual_epsilons, verdicts
+from bitquorum.experiment.plane import correlations_of, plane_run
 from bitquorum.experiment.runs import (
     build,
     create,
@@ -19,12 +21,16 @@ from bitquorum.experiment.runs import (
 __all__ = [
     "build",
     "climb_run",
+    "correlations_of",
     "create",
+    "detect_run",
     "evaluate",
     "evaluate_arms",
     "experiment_of",
     "ladder_rows",
     "ladders",
+    "last_attack",
+    "plane_run",
     "progress_of",
     "restore_ensemble",
     "results",

@@ -15,7 +15,7 @@ from bitquorum.config import Arm, Experiment
 from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Step, Verdict, interval, run_checks
-from bitquorum.experiment.runs import experiment_of, restore_ensemble, training_images, working
+from bitquorum.experiment.runs import experiment_of, restored, working
 from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import Cost, DataError, Listener
 from bitquorum.peers import check_peer, second_opinion
@@ -61,9 +61,9 @@ def climb_run(
     listener = listener or Listener()
     with working(stored, experiment, f"ladder {ladder.name}"):
         atomic_write(folder / "ladder.toml", to_toml(encode(ladder)))
-        train = training_images(experiment, data_root)
         test = ladder.choose(load(experiment.data.name, "test", root=data_root))
-        ensembles = {arm.name: _restore(experiment, arm, train, stored, device) for arm in experiment.arms}
+        found = restored(experiment, stored, device=device, data_root=data_root)
+        ensembles = {arm.name: ensemble for arm, ensemble in found}
         examples = _examples(test, device)
         for arm in chosen:
             others = {name: ensemble for name, ensemble in ensembles.items() if name != arm.name}
@@ -78,8 +78,12 @@ def climb_run(
 
 def usual_epsilons(stored: Run) -> list[float]:
     """Return the middle one of the epsilons of a run's own evaluation: the ladder's epsilon unless one is given."""
-    epsilons = experiment_of(stored).evaluation.epsilons
-    return [epsilons[len(epsilons) // 2]]
+    return list(middle(experiment_of(stored).evaluation.epsilons))
+
+
+def middle(epsilons: Sequence[float]) -> Sequence[float]:
+    """Return the middle one of increasing epsilons, as a list of one."""
+    return epsilons[len(epsilons) // 2 :][:1]
 
 
 def ladder_folder(stored: Run, ladder: Ladder) -> Path:
@@ -112,10 +116,6 @@ def _choose(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
     return [known[name] for name in names] if names else list(experiment.arms)
 
 
-def _restore(experiment: Experiment, arm: Arm, train: ImageSet, stored: Run, device: str) -> Ensemble:
-    return restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
-
-
 def _examples(test: ImageSet, device: str) -> Examples:
     batch = test.batch(torch.arange(len(test)), device=device)
     return Examples(images=batch.images, labels=batch.labels, index=batch.examples)
@@ -134,7 +134,7 @@ def _climb_arm(
     for epsilon in ladder.epsilons:
         path = folder / f"climb@{epsilon:.6f}.safetensors"
         started = time.monotonic()
-        before = _read(path, examples.images.device) if path.exists() else None
+        before = read_climb(path, examples.images.device)[0] if path.exists() else None
 
         def keep(climb: Climb, path: Path = path) -> None:
             nonlocal started
@@ -213,13 +213,18 @@ def _write(path: Path, climb: Climb, examples: Examples) -> None:
     )
 
 
-def _read(path: Path, device: torch.device | str = "cpu") -> Climb:
+def read_climb(path: Path, device: torch.device | str = "cpu") -> tuple[Climb, Tensor]:
+    """Return a stored climb, and the identities of its examples.
+
+    Raises:
+        DataError: if the file is corrupt.
+    """
     stored, facts = load_tensors(path)
     tensors = {name: value.to(device) for name, value in stored.items()}
     try:
         steps = [_step(row) for row in json.loads(facts["steps"])]
         flags: dict[str, Tensor] = {name: tensors[name].bool() for name in ("standing", "correct", "claim")}
-        return Climb(
+        climb = Climb(
             epsilon=float(facts["epsilon"]),
             steps=steps,
             images=tensors["images"],
@@ -227,6 +232,7 @@ def _read(path: Path, device: torch.device | str = "cpu") -> Climb:
             broken_by=tensors["broken_by"],
             **flags,
         )
+        return climb, tensors["examples"]
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"expected the state of a ladder at {path}, got: {error}; remove it") from error
 
@@ -243,7 +249,7 @@ def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[
         if not (folder / arm.name / "verdicts.jsonl").exists():
             continue
         for path in sorted((folder / arm.name).glob("climb@*.safetensors")):
-            climb = _read(path)
+            climb, _ = read_climb(path)
             common = {"arm": arm.name, "members": arm.precision, "split": "test"}
             rows += _rows(common, climb, ladder)
         for path in sorted((folder / arm.name).glob("*.json")):

@@ -174,7 +174,7 @@ def evaluate_arms(
     rows: list[dict[str, Any]] = []
     for arm in experiment.arms:
         ensemble = restore_ensemble(experiment, arm, train, stored)
-        done = [_read_cell(path) for path in sorted((folder / arm.name).glob("*.safetensors"))]
+        done = [read_cell(path) for path in sorted((folder / arm.name).glob("*.safetensors"))]
         listener.begin(f"attack {arm.name}", 0)
         cells = evaluation(
             ensemble,
@@ -235,6 +235,19 @@ def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored:
             "remove the file and train again"
         ) from error
     return ensemble
+
+
+def restored(
+    experiment: Experiment, stored: Run, *, device: str, data_root: Path | None
+) -> Iterator[tuple[Arm, Ensemble]]:
+    """Yield every arm with its trained ensemble, in evaluation mode and without gradients of its parameters.
+
+    Raises:
+        DataError: if an arm is not trained or its file does not fit.
+    """
+    train = training_images(experiment, data_root)
+    for arm in experiment.arms:
+        yield arm, restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
 
 
 @final
@@ -343,9 +356,10 @@ def evaluation_folder(stored: Run, evaluation: Method) -> Path:
 
 def _write_cell(folder: Path, cell: Cell, data: ImageSet) -> None:
     name = re.sub(r"[^A-Za-z0-9]+", "-", cell.attack)
+    images = {} if cell.images is None else {"images": cell.images}
     save_tensors(
         folder / f"{name}@{cell.epsilon:.6f}.safetensors",
-        {"correct": cell.correct.to(torch.uint8), "labels": data.labels, "examples": data.index},
+        {"correct": cell.correct.to(torch.uint8), "labels": data.labels, "examples": data.index, **images},
         {
             "attack": cell.attack,
             "epsilon": repr(cell.epsilon),
@@ -356,7 +370,12 @@ def _write_cell(folder: Path, cell: Cell, data: ImageSet) -> None:
     )
 
 
-def _read_cell(path: Path) -> Cell:
+def read_cell(path: Path, *, images: bool = True) -> Cell:
+    """Return the stored outcome of an attack, with its adversarial images or without.
+
+    Raises:
+        DataError: if the file is corrupt.
+    """
     stored, facts = load_tensors(path)
     try:
         correct: Tensor = stored["correct"].bool()
@@ -366,6 +385,7 @@ def _read_cell(path: Path) -> Cell:
             correct=correct,
             cost=Cost(forward=int(facts["forward"]), backward=int(facts["backward"])),
             largest=float(facts["largest"]),
+            images=stored.get("images") if images else None,
         )
     except (KeyError, ValueError) as error:
         raise DataError(f"expected the outcome of an attack at {path}, got: {error}; remove it") from error

@@ -8,13 +8,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from bitquorum.information import _codes
 from bitquorum.information.estimator import Bound, Estimate, Estimator
+from bitquorum.information.tables import xlog2x
 from bitquorum.interface import InputError
 
-Correction = Literal["miller-madow", "none"]
+Correction = Literal["miller-madow", "jackknife", "none"]
 
 
 def plug_in_bias(a: int, b: int, n: int, *, cells: int | None = None) -> float:
@@ -82,19 +84,25 @@ class PlugIn(Estimator):
     $$\hat I = \sum_{ab} \frac{n_{ab}}{N} i_{ab} - \mathrm{bias},
     \quad i_{ab} = \log_2 \frac{n_{ab} N}{n_a n_b}$$
 
-    The correction `miller-madow` subtracts `plug_in_bias` of the occupied cells. The result is not clipped at
-    zero, which would bias it again. The standard error is that of the delta method to first order,
-    $\sqrt{\mathrm{var}(i) / N}$: right to leading order where the variables depend on each other, up to 1.4
-    times too large where they do not. It does not hold the bias, so quote the estimate only when N is well
-    above the number of occupied cells.
+    The correction `miller-madow` subtracts `plug_in_bias` of the occupied cells, which is too little where cells
+    are so rare that many stay empty. `jackknife` subtracts $(N - 1) (\overline{I_{-n}} - I)$ with $I_{-n}$ the
+    plug-in MI without sample n; it needs no number of cells. Neither result is clipped at zero, which would bias
+    it again.
 
-    Reference: Miller, 1955; Paninski, 2003, estimation of entropy and mutual information.
+    The standard error is that of the delta method to first order, $\sqrt{\mathrm{var}(i) / N}$, or of the
+    jackknife: right to leading order where the variables depend on each other, up to 1.4 times too large where
+    they do not. It does not hold the bias, so quote the estimate only when N is well above the number of
+    occupied cells.
+
+    References: Miller, 1955; Paninski, 2003, estimation of entropy and mutual information, section 4; Efron and
+    Stein, 1981, the jackknife estimate of variance.
 
     Args:
-        correction: `miller-madow` or `none`.
+        correction: `miller-madow`, `jackknife` or `none`.
 
     Raises:
-        InputError: if the correction is unknown, or the codes are not integers, of one dimension and paired.
+        InputError: if the correction is unknown, or the codes are not integers, of one dimension and paired; for
+            `jackknife` also if there are fewer than two.
 
     Examples:
         >>> import torch
@@ -114,19 +122,30 @@ class PlugIn(Estimator):
 
     def __call__(self, a: Shaped[Tensor, "samples"], b: Shaped[Tensor, "samples"]) -> Estimate:
         """Return the estimate for two vectors of integer codes; any integers, any number of them."""
-        for codes in (a, b):
-            if codes.dim() != 1 or codes.is_floating_point() or codes.is_complex():
-                raise InputError(f"PlugIn: expected integer codes [N], got {codes.dtype} {tuple(codes.shape)}")
-        if a.shape != b.shape or a.shape[0] == 0:
-            raise InputError(f"PlugIn: expected two equally many samples, at least one, got {len(a)} and {len(b)}")
-        n = a.shape[0]
-        _, row, rows = a.cpu().unique(return_inverse=True, return_counts=True)
-        _, column, columns = b.cpu().unique(return_inverse=True, return_counts=True)
-        cell, cells = (row * len(columns) + column).unique(return_counts=True)
-        marginals = rows[cell // len(columns)].double() * columns[cell % len(columns)]
-        pointwise = (cells * n / marginals).log2()
-        weights = cells.double() / n
-        value = (weights * pointwise).sum()
-        variance = (weights * (pointwise - value).square()).sum() / n
-        bias = plug_in_bias(len(rows), len(columns), n, cells=len(cells)) if self.correction != "none" else 0.0
-        return Estimate(value=float(value) - bias, standard_error=float(variance.sqrt()), samples=n)
+        counts = _codes.count(a, b, "PlugIn")
+        if self.correction == "jackknife":
+            return _jackknife(counts)
+        n = counts.samples
+        value = float((counts.cells / n * counts.pointwise()).sum())
+        if self.correction == "miller-madow":
+            value -= plug_in_bias(len(counts.rows), len(counts.columns), n, cells=len(counts.cells))
+        return Estimate(value=value, standard_error=counts.standard_error(), samples=n)
+
+
+def _jackknife(counts: _codes.Counts) -> Estimate:
+    """Leave out one sample of each occupied cell in turn, weighted by the samples of that cell."""
+    n = counts.samples
+    if n < 2:
+        raise InputError("PlugIn: expected at least two samples for a jackknife, got one")
+    cells, rows, columns = counts.cells, counts.rows, counts.columns
+    total = xlog2x(cells).sum() - xlog2x(rows).sum() - xlog2x(columns).sum()
+    change = _step(cells) - _step(rows)[counts.row] - _step(columns)[counts.column]
+    without = math.log2(n - 1) + (total - change) / (n - 1)
+    centre = (cells / n * without).sum()
+    variance = (n - 1) * (cells / n * (without - centre).square()).sum()
+    value = n * (math.log2(n) + total / n) - (n - 1) * centre
+    return Estimate(value=float(value), standard_error=float(variance.sqrt()), samples=n)
+
+
+def _step(counts: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    return xlog2x(counts) - xlog2x(counts - 1)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import ClassVar, Literal, TypeAlias
 
 from jaxtyping import Shaped
@@ -31,6 +32,21 @@ class Estimate:
             raise InputError(
                 f"Estimate: expected standard_error >= 0 and samples >= 1, got {self.standard_error} and {self.samples}"
             )
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the normal interval around the value; it covers chance and not the bias of the estimator.
+
+        Raises:
+            InputError: if `confidence` is not in (0, 1).
+
+        Examples:
+            >>> print("{:.2f} to {:.2f}".format(*Estimate(value=0.5, standard_error=0.01, samples=1000).interval()))
+            0.48 to 0.52
+        """
+        if not 0 < confidence < 1:
+            raise InputError(f"Estimate: expected a confidence in (0, 1), got {confidence}")
+        reach = NormalDist().inv_cdf((1 + confidence) / 2) * self.standard_error
+        return self.value - reach, self.value + reach
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,22 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
+from bitquorum.report.detect import detection_table, rejection_table
 from bitquorum.report.ladder import bracket, rungs
 from bitquorum.report.museum import museum_table, peer_table
+from bitquorum.report.plane import correlation_table, plane_table
 from bitquorum.report.tables import Table, comparison, environments, epsilon_label
 
-__all__ = ["Table", "bracket", "comparison", "environments", "epsilon_label", "museum_table", "peer_table", "rungs"]
+__all__ = [
+    "Table",
+    "bracket",
+    "comparison",
+    "correlation_table",
+    "detection_table",
+    "environments",
+    "epsilon_label",
+    "museum_table",
+    "peer_table",
+    "plane_table",
+    "rejection_table",
+    "rungs",
+]

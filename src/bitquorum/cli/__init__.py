@@ -1,0 +1,42 @@
+"""Parse the command line, call the library, print. No logic lives here.
+
+| file | commands |
+|---|---|
+| `experiments` | `run`, `train`, `show`, `list`, `publish` |
+| `attacks` | `evaluate`, `museum` |
+| `insight` | `plane`, `detect`, `report` |
+| `machine` | `doctor`, `data list`, `data get` |
+"""
+
+import sys
+import warnings
+
+from rich.markup import escape
+
+from bitquorum.cli import attacks, experiments, insight, machine  # noqa: F401  # they register their commands
+from bitquorum.cli.printing import print_warning
+from bitquorum.cli.shared import app, err
+
+
+def main() -> None:
+    """Run the command line; a failure that the user can mend is one message and exit code 2."""
+    warnings.showwarning = print_warning
+    try:
+        app()
+    except Exception as error:
+        message = _advice(error)
+        if message is None:
+            raise
+        err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _advice(error: Exception) -> str | None:
+    """Return what to tell the user of a failure that they can mend; `None` for one that they cannot."""
+    from bitquorum.interface import BitquorumError  # imports torch, which `--help` does without
+
+    if isinstance(error, BitquorumError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"expected {error.filename} to be readable or writable, got: {error.strerror}; choose another path"
+    return None

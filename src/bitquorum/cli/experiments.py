@@ -1,0 +1,149 @@
+"""Run, train, show, list and publish experiments."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bitquorum.cli.printing import print_rows, print_table, show_run
+from bitquorum.cli.shared import (
+    RUNS,
+    DataRoot,
+    Device,
+    Overrides,
+    Query,
+    Root,
+    Source,
+    app,
+    bars,
+    device_named,
+    out,
+    processes,
+    resumable,
+    speaks,
+)
+
+
+@app.command()
+def run(
+    source: Source, overrides: Overrides = None, runs: Root = RUNS, data: DataRoot = None, device: Device = "auto"
+) -> None:
+    """Train and attack every arm of an experiment, store all of it, and print the table.
+
+    The run is a folder named by the digest of its config. The same command again resumes it where it was
+    interrupted, or just prints the table when it is complete.
+
+    Examples: `bitquorum run digits`, `bitquorum run cifar10-small evaluation.examples=200`.
+    """
+    from bitquorum import experiment
+    from bitquorum.config import read
+
+    chosen, place = read(source, overrides or []), device_named(device)
+    stored = experiment.create(chosen, runs)
+    with resumable(stored), processes(place), bars() as listener:
+        experiment.run(chosen, runs, device=place, data_root=data, listener=listener)
+    if speaks():
+        show_run(stored)
+
+
+@app.command()
+def train(
+    source: Source, overrides: Overrides = None, runs: Root = RUNS, data: DataRoot = None, device: Device = "auto"
+) -> None:
+    """Train every arm of an experiment without attacking it.
+
+    On several devices or processes: `torchrun --nproc-per-node 2 -m bitquorum train PRESET`. Then attack with
+    `bitquorum evaluate RUN`, or finish with `bitquorum run` and the same arguments.
+    """
+    from bitquorum import experiment
+    from bitquorum.config import read
+
+    chosen, place = read(source, overrides or []), device_named(device)
+    stored = experiment.create(chosen, runs)
+    with resumable(stored), processes(place), bars() as listener:
+        experiment.train(chosen, runs, device=place, data_root=data, listener=listener)
+    if speaks():
+        out.print(f"Trained; the run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
+
+
+@app.command()
+def show(
+    query: Query,
+    runs: Root = RUNS,
+    config: Annotated[bool, typer.Option("--config", help="Print the config instead, as TOML.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Print the stored table of a run, without computing anything."""
+    from bitquorum.experiment import ladder_rows, ladders, results
+    from bitquorum.museum import is_museum, museum_rows
+    from bitquorum.report import bracket, comparison, museum_table, peer_table
+    from bitquorum.store import Run
+
+    stored = Run.find(runs, query)
+    if config:
+        print((stored.path / "config.toml").read_text(encoding="utf-8"), end="")
+        return
+    if is_museum(stored):
+        found = (museum_table(rows), peer_table(rows)) if (rows := museum_rows(stored)) else ()
+        tables = [table for table in found if table]
+    else:
+        tables = [comparison(rows)] if (rows := results(stored)) else []
+        tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
+    if markdown and tables:
+        print("\n\n".join(table.markdown() for table in tables))
+    elif is_museum(stored):
+        for table in tables:
+            print_table(table)
+        out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
+    else:
+        show_run(stored)
+
+
+@app.command("list")
+def list_(
+    runs: Root = RUNS,
+    presets: Annotated[bool, typer.Option("--presets", help="List the presets instead of the runs.")] = False,
+) -> None:
+    """List the stored runs, or the presets."""
+    if presets:
+        from bitquorum.config import presets as known
+
+        purposes = [(name, text.splitlines()[0].lstrip("# ")) for name, text in known().items()]
+        print_rows(("preset", "what it is"), purposes)
+        return
+    from bitquorum.experiment import experiment_of, progress_of
+    from bitquorum.interface import BitquorumError
+    from bitquorum.museum import is_museum
+    from bitquorum.store import Run
+
+    stored = Run.listing(runs)
+    if not stored:
+        out.print(f"No runs in {escape(str(runs))}. Begin with: bitquorum run digits")
+        return
+    rows = []
+    for item in stored:
+        if is_museum(item):
+            rows.append((item.path.name, "digits", str(item.config()["seed"]), "the museum"))
+            continue
+        try:
+            experiment = experiment_of(item)
+            state = progress_of(item)
+        except BitquorumError:
+            rows.append((item.path.name, "?", "?", "unreadable; `bitquorum show` says why"))
+        else:
+            rows.append((item.path.name, experiment.data.name, str(experiment.seed), state))
+    print_rows(("run", "data", "seed", "state"), rows)
+
+
+@app.command()
+def publish(
+    query: Query,
+    target: Annotated[Path, typer.Argument(help="Folder to write, such as results/digits.")],
+    runs: Root = RUNS,
+) -> None:
+    """Copy a run's config, metrics and environment, without weights or per-image outcomes, to a folder."""
+    from bitquorum.store import Run
+
+    Run.find(runs, query).publish(target)
+    out.print(f"Published to {escape(str(target))}")

@@ -1,0 +1,74 @@
+"""Print tables, verdicts and warnings."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from bitquorum.cli.shared import err, out
+
+if TYPE_CHECKING:
+    from bitquorum.report import Table
+    from bitquorum.store import Run
+
+
+def print_verdicts(rows: list[dict[str, Any]]) -> int:
+    """Print the verdicts of the self-checks, failed ones in red, and return how many failed."""
+    if not rows:
+        return 0
+    table = RichTable("arm", "self-check", "verdict", "reason")
+    for row in rows:
+        verdict = "[green]passed[/green]" if row["passed"] else "[bold red]FAILED[/bold red]"
+        table.add_row(escape(row["arm"]), escape(row["name"]), verdict, escape(row["reason"]))
+    out.print(table)
+    failed = sum(not row["passed"] for row in rows)
+    if failed:
+        err.print(
+            f"[bold red]{failed} self-checks failed:[/bold red] the attack may be weaker than it looks (masked "
+            "gradients); do not quote these accuracies before the reason is found",
+            soft_wrap=True,
+        )
+    return failed
+
+
+def show_run(stored: "Run") -> None:
+    """Print everything that a run has stored, without computing."""
+    from bitquorum.experiment import ladder_rows, ladders, results, verdicts
+    from bitquorum.report import bracket, comparison, environments
+
+    if rows := results(stored):
+        print_table(comparison(rows))
+    else:
+        out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
+    for ladder in ladders(stored):
+        if rows := ladder_rows(stored, ladder):
+            print_table(bracket(rows))
+            print_verdicts(verdicts(stored, ladder))
+    out.print(f"Computed in {escape(environments(stored.environments()))}.")
+    out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
+
+
+def print_table(table: "Table") -> None:
+    """Print a table with its note; a line parts rows that differ in the first column."""
+    rows = [tuple(cell.replace(", ", ",\u00a0") for cell in row) for row in table.rows]  # an interval stays whole
+    print_rows(table.header, rows, group=0)
+    out.print(escape(table.note), style="dim")
+
+
+def print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None) -> None:
+    """Print a table; with `group`, a line parts rows that differ in that column."""
+    table = RichTable()
+    for name in header:
+        table.add_column(escape(name), overflow="fold", no_wrap=name in ("attack", "exhibit", "threat", "arm"))
+    previous = None
+    for row in rows:
+        if group is not None and previous is not None and row[group] != previous:
+            table.add_section()
+        previous = row[group] if group is not None else None
+        table.add_row(*(escape(str(cell)) for cell in row))
+    out.print(table)
+
+
+def print_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Print a warning on one line."""
+    err.print(f"[yellow]warning:[/yellow] {escape(str(message))} ({category.__name__})", soft_wrap=True)

@@ -1,0 +1,64 @@
+"""Lay the rows of the information plane out as tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitquorum.report.tables import Table, epsilon_label, percent
+
+
+def plane_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
+    """Return a line for each threat and level of an arm: accuracy, and information in bits with its interval."""
+    mine = [row for row in rows if row["arm"] == arm]
+    body = []
+    for row in mine:
+        accuracy = {key: row[f"accuracy{end}"] for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+        bits = (_bits(row, name) for name in ("pair_mi", "residual", "excess", "conditional_mi", "label_mi"))
+        body.append((row["threat"], level_label(row), percent({**accuracy, "images": row["images"]}), *bits))
+    first = mine[0]
+    draws = sorted({row["draws"] for row in mine})
+    header = ("threat", "level", "accuracy", "I(fi;fj)", "residual", "excess", "I(fi;fj|Y)", "I(fi;Y)")
+    note = (
+        f"{arm}: {first['members']}. Votes of members on {first['images']} test images, "
+        f"{' or '.join(map(str, draws))} draws. Accuracy in %, information in bits, bias-corrected, with half-widths "
+        "of 95 % intervals over images. Residual: above members of the same accuracies that err uniformly and "
+        "independently. Excess: above members with the same confusions that are independent given the label. Level: "
+        "epsilon, or severity of a corruption."
+    )
+    return Table(header=header, rows=tuple(body), note=note)
+
+
+def correlation_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the correlations of accuracy with MI along each threat."""
+    body = [
+        (
+            row["arm"],
+            row["threat"],
+            row["quantity"],
+            str(row["points"]),
+            *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("pearson", "spearman")),
+            "-" if row["p_value"] is None else f"{row['p_value']:.2g}" + ("" if row["exact"] else " *"),
+        )
+        for row in rows
+    ]
+    note = (
+        "Correlation with accuracy over the levels of a threat, the clean images among them. p: share of orders with "
+        "as large a linear correlation (* sampled). Votes of independent members share less the less accurate they "
+        "are, so a correlation of I(fi;fj) is no sign that MI makes robust; that of the residual need not be there."
+    )
+    return Table(
+        header=("arm", "threat", "quantity", "points", "Pearson", "Spearman", "p"), rows=tuple(body), note=note
+    )
+
+
+def level_label(row: dict[str, Any]) -> str:
+    """Return the strength of a threat: epsilon in the field's notation, or the severity of a corruption."""
+    if row.get("axis") == "severity":
+        return f"severity {row['level']:g}"
+    return epsilon_label(row["level"]) if row["level"] else "0"
+
+
+def _bits(row: dict[str, Any], name: str) -> str:
+    """Return a value with the half-width of its interval; a dash where it is not defined."""
+    if row[name] is None:
+        return "-"
+    return f"{row[name]:.2f}\u00a0±{(row[f'{name}_high'] - row[f'{name}_low']) / 2:.2f}"

@@ -1,0 +1,171 @@
+"""Test the guard that serves an ensemble: what it promises on clean images, what it refuses, what it stores."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitquorum import rng
+from bitquorum.conversion import Policy
+from bitquorum.detect import Disagreement, Energy, Guard, Guarded, InputStatistic, MaxSoftmax, PointwiseMI, PredictionMI
+from bitquorum.ensemble import Ensemble, MajorityVote
+from bitquorum.files import load_tensors, save_tensors
+from bitquorum.interface import InputError
+
+CLASSES = 4
+
+
+def images_of(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return noisy images whose brightest quarter is their class, most of the time."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    images = 0.6 * torch.rand(count, 1, 4, 4, generator=generator)
+    images += 0.25 * nn.functional.one_hot(labels, CLASSES).float().view(count, 1, 4, 1)
+    return images, labels
+
+
+def ensemble_of(members: int = 2, *, noisy: bool = True, seed: int = 0) -> Ensemble:
+    """Return members that sum the quarters of an image, of low precision where they are noisy."""
+    with rng.torch_seed(seed):
+        networks = [nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Dropout(0.5)) for _ in range(members)]
+    for network in networks:
+        network[1].weight.data.mul_(0.3).add_(2 * torch.eye(4).repeat_interleave(4, 1))
+    policy = Policy(weight_bits=3) if noisy else None
+    return Ensemble.build(networks, [policy] * members)
+
+
+def same(first: Guarded, second: Guarded) -> bool:
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+
+
+@pytest.mark.parametrize("statistic", [PredictionMI(), PointwiseMI(), MaxSoftmax(), Energy()])
+def test_sets_cover_and_rejections_are_rare_on_clean_images(statistic: InputStatistic):
+    covered, rejected, repeats, count = [], [], 10, 150
+    for seed in range(repeats):
+        guard = Guard.fit(
+            ensemble_of(), *images_of(2 * seed, 200), statistic=statistic, passes=3, coverage=0.8, false_positives=0.1
+        )
+        images, labels = images_of(2 * seed + 1, count)
+        answer = guard(images)
+        covered.append(float(answer.sets[torch.arange(count), labels].float().mean()))
+        rejected.append(1 - float(answer.accepted.float().mean()))
+    for shares, rate in ((covered, 0.8), (rejected, 0.1)):
+        error = float(torch.tensor(shares).std()) / math.sqrt(repeats)
+        assert abs(sum(shares) / repeats - rate) < 4 * error + 0.02
+
+
+def test_an_answer_is_consistent():
+    guard = Guard.fit(ensemble_of(), *images_of(0, 120), passes=4)
+    answer = guard(images_of(1, 50)[0])
+    torch.testing.assert_close(answer.probability.sum(-1), torch.ones(50))
+    assert torch.equal(answer.prediction, answer.probability.argmax(-1))
+    assert torch.equal(answer.accepted, answer.statistic <= guard.threshold)
+    assert torch.equal(answer.accepted, answer.p_value > 0.05)
+    assert torch.equal(answer.sets, 1 - answer.probability <= guard.quantile)
+    assert not answer.statistic.requires_grad
+
+
+def test_the_prediction_is_the_ensembles():
+    ensemble = ensemble_of(3)
+    ensemble.aggregation = MajorityVote()
+    guard, images = Guard.fit(ensemble, *images_of(0, 120), passes=5), images_of(1, 20)[0]
+    with rng.draw(7):
+        answer = guard(images)
+    with rng.draw(rng.derive_many(7, 5, "guard")):
+        logits = ensemble(images)
+    assert torch.equal(answer.prediction, MajorityVote()(logits).argmax(-1))
+
+
+def test_it_is_fixed_in_a_draw_and_fresh_outside():
+    guard, images = Guard.fit(ensemble_of(), *images_of(0, 120), passes=2), images_of(1, 20)[0]
+    examples = torch.arange(20) + 5
+    with rng.draw(3, examples):
+        first, again = guard(images), guard(images)
+    with rng.draw(3, examples.flip(0)):
+        turned = guard(images.flip(0))
+    assert same(first, again)
+    torch.testing.assert_close(turned.statistic.flip(0), first.statistic)
+    with rng.draw([3, 4], examples):
+        both = guard(images)
+    with rng.draw(4, examples):
+        other = guard(images)
+    for answer in (both, other, guard(images)):
+        assert not torch.equal(answer.probability, first.probability)
+    assert not torch.equal(guard(images).probability, guard(images).probability)
+
+
+def test_the_ensemble_is_in_evaluation_mode_whatever_the_guard_is_told():
+    ensemble = ensemble_of(noisy=False).train()
+    guard, images = Guard.fit(ensemble, *images_of(0, 120), passes=1), images_of(1, 20)[0]
+    assert same(guard(images), guard.train()(images))  # dropout would show
+    assert not ensemble.training
+
+
+def test_equal_seeds_fit_equal_guards():
+    images, labels = images_of(0, 120)
+    first, again, other = (Guard.fit(ensemble_of(), images, labels, passes=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.scores, again.scores)
+    assert not torch.equal(first.scores, other.scores)
+
+
+def test_a_stored_guard_comes_back(tmp_path: Path):
+    guard = Guard.fit(ensemble_of(), *images_of(0, 130), statistic=PointwiseMI(), passes=3, coverage=0.7)
+    save_tensors(tmp_path / "guard.safetensors", guard.state_dict())
+    state, _ = load_tensors(tmp_path / "guard.safetensors")
+    back = Guard.restore(ensemble_of(seed=9), state, statistic=PointwiseMI(), passes=3)
+    with rng.draw(1):
+        first, second = guard(images_of(1, 20)[0]), back(images_of(1, 20)[0])
+    assert same(first, second)
+    with pytest.raises(InputError, match="without joints"):
+        Guard.restore(ensemble_of(), {name: value for name, value in state.items() if name != "joints"})
+
+
+@pytest.mark.parametrize(("members", "noisy", "passes"), [(1, True, 4), (1, False, 1), (2, False, 1)])
+def test_one_member_or_none_of_the_noise(members: int, noisy: bool, passes: int):
+    ensemble = ensemble_of(members, noisy=noisy)
+    for statistic in (PredictionMI(), Disagreement(), PointwiseMI()):
+        if members * passes == 1 and statistic.needs_pairs:
+            with pytest.raises(InputError, match="one member under one draw"):
+                Guard.fit(ensemble, *images_of(0, 120), statistic=statistic, passes=passes)
+            continue
+        answer = Guard.fit(ensemble, *images_of(0, 120), statistic=statistic, passes=passes)(images_of(1, 30)[0])
+        assert answer.accepted.float().mean() > 0.6
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "float batch"),
+        (torch.full((1, 1, 4, 4), math.nan), "finite images"),
+        (torch.full((1, 1, 4, 4), 255.0), "divide bytes by 255"),
+        (torch.zeros(0, 1, 4, 4), "at least one image"),
+    ],
+)
+def test_bad_images_are_refused(images: Tensor, message: str):
+    guard = Guard.fit(ensemble_of(), *images_of(0, 120), passes=1)
+    with pytest.raises((InputError, TypeError), match=message if images.is_floating_point() else ""):
+        guard(images)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (18, {}, "at least 19 held-out clean scores"),
+        (98, {"false_positives": 0.01}, "at least 99 held-out"),
+        (50, {"coverage": 0.99}, "at least 99 held-out"),
+        (120, {"passes": 0}, "at least one pass"),
+        (120, {"batch_size": 0}, "one image per batch"),
+    ],
+)
+def test_too_few_images_and_bad_settings_are_refused(count: int, options: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        Guard.fit(ensemble_of(), *images_of(0, count), **{"passes": 1, **options})
+
+
+def test_labels_that_do_not_fit_are_refused():
+    images, labels = images_of(0, 120)
+    with pytest.raises((InputError, TypeError)):
+        Guard.fit(ensemble_of(), images, labels[:-1], passes=1)
