@@ -6,6 +6,9 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/bitquorum run digits
+	$(BIN)/bitquorum plane digits
+	$(BIN)/bitquorum detect digits
+	$(BIN)/bitquorum report digits
 
 test: lint unit
 

@@ -148,7 +148,7 @@ def vote_rows(seeds: int) -> list[Row]:
             rows += [measure("votes", law, truth, name, count, found) for name, found in calls.items()]
     for share in (0.0, 0.5):
         table = shared_errors(0.7, share)
-        law, truth = f"given the label, {share:.0%} repeated", float(info.conditional_mutual_information(table))
+        law, truth = f"given the label, accuracy 0.7, {share:.0%} repeated", float(info.conditional_mutual_information(table))
         for count in (300, 1000):
             drawn = [triples(table, count, seed) for seed in range(seeds)]
             given = {"Miller-Madow": info.PlugIn(), "NSB": info.NSB()}

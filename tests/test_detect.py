@@ -288,7 +288,7 @@ def test_a_detector_holds_threshold_and_scale():
     assert detector.scale == pytest.approx(detector.threshold - float(scores.median()))
     assert (detector.passes, detector.aggregation) == (3, MajorityVote())
     torch.testing.assert_close(detector.scores(logits), scores)
-    assert Detector.fit(Disagreement(), logits[:1, :1]).scale == 1.0
+    assert Detector.fit(Disagreement(), logits[:1].expand(2, -1, -1, -1)[:, :1]).scale == 1.0  # all scores are zero
 
 
 # ROC
@@ -471,8 +471,6 @@ def test_a_single_view_leaves_out_what_compares_votes():
     )
     found, _ = detect(detection, MeanProbability(), calibration, clean, [])
     assert [row["statistic"] for row in found] == ["max-softmax", "energy", "entropy"]
-    (row,) = rows_of(found, "clean", statistic="disagreement")
-    assert (row["threshold"], row["rejected"]) == (0, 0)
 
 
 def test_the_default_measures_every_statistic():

@@ -186,6 +186,15 @@ def test_one_arm_at_a_time_ends_in_the_same_rows(climbed: Run, copied: Run):
         climb_run(copied, LADDER, arms=["other"])
 
 
+def test_arms_that_were_climbed_apart_are_collected_without_being_climbed(climbed: Run, copied: Run):
+    (path,) = copied.path.glob("ladders/*/metrics.jsonl")
+    path.unlink()
+    environment = (copied.path / "environment.json").read_bytes()
+    assert climb_run(copied, LADDER) == ladder_rows(climbed, LADDER)
+    assert ladder_rows(copied, LADDER) == ladder_rows(climbed, LADDER)
+    assert (copied.path / "environment.json").read_bytes() == environment
+
+
 def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
     copy = Run(path=Path(shutil.copytree(trained.path, tmp_path / trained.path.name)))
     plan = replace(LADDER, rungs=(FGSM(),), epsilons=(16 / 255,), check_images=4)

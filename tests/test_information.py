@@ -620,7 +620,7 @@ def test_bad_shapes_are_refused():
 
 def test_bad_samples_and_counts_are_refused():
     codes = torch.arange(6)
-    unknown: Any = "jackknife"
+    unknown: Any = "bootstrap"
     for call in (
         lambda: info.PlugIn(correction=unknown),
         lambda: info.PlugIn()(codes, codes[:5]),

@@ -108,7 +108,7 @@ def report(
 
     Examples: `bitquorum report digits`, `bitquorum report digits cifar10-small --to both.html --figures plots`.
     """
-    from bitquorum.report import write_figures, write_page
+    from bitquorum.report.page import write_figures, write_page
     from bitquorum.store import Run
 
     stored = [Run.find(runs, query) for query in queries]

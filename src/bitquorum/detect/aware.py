@@ -10,7 +10,7 @@ from torch import Tensor
 from bitquorum.attacks import AttackResult, Kind, Problem, pooled_loss
 from bitquorum.attacks.apgd import wrong_classes
 from bitquorum.attacks.base import check_inputs, error_margin, targeted_loss
-from bitquorum.detect.calibration import Detector
+from bitquorum.detect.calibration import Detector, has_pairs
 from bitquorum.geometry import Norm, per_example
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -156,6 +156,8 @@ class Evasive(Method):
         labels = problem.labels
 
         def criterion(logits: Tensor) -> Tensor:
+            if not has_pairs(detector.statistic, logits):
+                raise InputError(f"expected an eot of at least 2 against {detector.statistic.name} of one member, got 1")
             if targets is None:
                 goal = pooled_loss(logits, labels, loss="margin", pooling="mean-probability")
             else:

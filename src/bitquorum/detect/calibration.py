@@ -83,9 +83,14 @@ def held_out_scores(
     of it (Vovk, 2015, cross-conformal predictors; Barber et al., 2021, https://arxiv.org/abs/1905.02928).
 
     Raises:
-        InputError: if there are fewer than two images or folds.
+        InputError: if there are fewer than two images or folds, or a single view where views are compared.
     """
     images = logits.shape[2]
+    if not has_pairs(statistic, logits):
+        raise InputError(
+            f"expected two members or two draws for {statistic.name}, got one member under one draw; choose another "
+            "statistic, such as max-softmax"
+        )
     if min(images, folds) < 2:
         raise InputError(f"expected at least two clean images and two folds, got {images} and {folds}")
     fold = torch.arange(images, device=logits.device) % folds

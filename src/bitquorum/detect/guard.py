@@ -126,7 +126,7 @@ class Guard(nn.Module):
             images: In [0, 1], unseen in training and like those to be met.
             labels: True classes.
             statistic: What is scored; `PredictionMI` by default.
-            passes: Number of draws behind a prediction and its score.
+            passes: Number of draws behind a prediction and its score; one where no member has noise.
             false_positives: Share of clean images that may be rejected.
             coverage: Share of clean images whose set is to hold the true class.
             seed: Of the draws.
@@ -140,6 +140,7 @@ class Guard(nn.Module):
         if passes < 1 or batch_size < 1:
             raise InputError(f"expected at least one pass and one image per batch, got {passes} and {batch_size}")
         ensemble.eval()
+        passes = passes if ensemble.stochastic else 1
         parts = []
         for number, rows in enumerate(torch.arange(len(images), device=images.device).split(batch_size)):
             with rng.draw(rng.derive_many(seed, passes, "calibration", number), rows):

@@ -17,6 +17,7 @@ from bitquorum.experiment.runs import (
     train_arms,
     training_images,
 )
+from bitquorum.experiment.threats import evaluated_images
 
 __all__ = [
     "build",
@@ -26,6 +27,7 @@ __all__ = [
     "detect_run",
     "evaluate",
     "evaluate_arms",
+    "evaluated_images",
     "experiment_of",
     "ladder_rows",
     "ladders",

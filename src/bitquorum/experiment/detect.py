@@ -1,6 +1,6 @@
 """Measure detectors on the arms of a stored run: calibrate, score attacked images, attack the detectors, store all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation, observe
 from bitquorum.experiment.ladder import ladders, middle
 from bitquorum.experiment.runs import evaluation_folder, experiment_of, restored, working
-from bitquorum.experiment.threats import Threat, attacks, chosen_evaluation, clean, ladder_worst, test_images
+from bitquorum.experiment.threats import Threat, attacks, chosen_evaluation, clean, evaluated_images, ladder_worst
 from bitquorum.files import atomic_write, json_row, load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import DataError, Listener
 from bitquorum.registry import digest, encode, to_toml
@@ -59,7 +59,7 @@ def detect_run(
         return detection, read_jsonl(folder / "metrics.jsonl")
     with working(stored, experiment, "detect"):
         atomic_write(folder / "detection.toml", to_toml(encode(detection)))
-        test = test_images(stored, evaluation, data_root)
+        test = evaluated_images(stored, evaluation, data_root)
         held_out = _held_out(stored, test, detection, data_root)
         for arm, ensemble in restored(experiment, stored, device=device, data_root=data_root):
             bench = _Bench(
@@ -133,14 +133,16 @@ class _Bench:
             atomic_write(self.folder / f"{part}.jsonl", "".join(json_row({**common, **row}) for row in rows))
 
     def _observed(self, threat: Threat, images: ImageSet, purpose: str) -> Observed:
-        logits = self._logits(self.folder / f"{purpose}-{threat.file}", threat.images, images.index, purpose)
+        path = self.folder / f"{purpose}-{threat.file}"
+        logits = self._logits(path, threat.images, images.index, purpose, keep=False)
         return Observed(logits=logits, labels=images.labels, threat=threat.label, kind=threat.kind, level=threat.level)
 
-    def _logits(self, path: Path, images: Any, index: Tensor, purpose: str) -> Tensor:
+    def _logits(self, path: Path, images: Callable[[], Tensor], index: Tensor, purpose: str, *, keep: bool) -> Tensor:
+        """Return what the ensemble says of images, stored once; images made here are kept beside it."""
         if not path.exists():
-            seed = rng.derive(self.detection.seed, "detect", purpose)
-            logits = observe(self.ensemble, images(), index, draws=self.detection.passes, seed=seed)
-            save_tensors(path, {"logits": logits})
+            shown, seed = images(), rng.derive(self.detection.seed, "detect", purpose)
+            logits = observe(self.ensemble, shown, index, draws=self.detection.passes, seed=seed)
+            save_tensors(path, {"logits": logits, "examples": index, **({"images": shown} if keep else {})})
         return load_tensors(path)[0]["logits"]
 
     def _evasions(self, calibration: Observed) -> Iterator[tuple[InputStatistic, Evasive, float]]:
@@ -155,7 +157,7 @@ class _Bench:
                     yield statistic, attack, epsilon
 
     def _evaded(self, calibration: Observed, statistic: InputStatistic, attack: Evasive, epsilon: float) -> Observed:
-        """Return what the arm says of images that evade one statistic, at the strictest rate of false positives."""
+        """Return what the arm says of images that evade one statistic, at the laxest rate of false positives."""
         rows = _spread(len(self.test), self.detection.aware_images)
         chosen = self.test.select(rows)
 
@@ -184,7 +186,7 @@ class _Bench:
 
         path = self.folder / f"evade-{statistic.name}@{epsilon:.6f}.safetensors"
         return Observed(
-            logits=self._logits(path, images, chosen.index, "test"),
+            logits=self._logits(path, images, chosen.index, "test", keep=True),
             labels=chosen.labels,
             threat=attack.label,
             kind=attack.kind,

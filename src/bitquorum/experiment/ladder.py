@@ -36,7 +36,8 @@ def climb_run(
     """Climb the ladder with the arms of a trained run and return the rows of the result.
 
     Every other arm is a source of transfer attacks, as a separately trained ensemble. A killed call resumes after the
-    last rung that was climbed; finished arms are not climbed again.
+    last rung that was climbed; finished arms are not climbed again. Arms may be climbed on several machines, in copies
+    of the run: once their folders lie together, the same call collects them.
 
     Args:
         stored: A trained run.
@@ -57,7 +58,7 @@ def climb_run(
     folder = ladder_folder(stored, ladder)
     parts = [*(f"{arm.name}/verdicts.jsonl" for arm in chosen), *_opinion_files(chosen, ladder, also)]
     if all((folder / part).exists() for part in parts):
-        return _collect(folder, experiment, ladder)
+        return _keep(folder, experiment, ladder)
     listener = listener or Listener()
     with working(stored, experiment, f"ladder {ladder.name}"):
         atomic_write(folder / "ladder.toml", to_toml(encode(ladder)))
@@ -71,9 +72,7 @@ def climb_run(
                 _climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
             for name in also:
                 _ask(folder / arm.name, ladder, ensembles[arm.name], examples, name, listener)
-        rows = _collect(folder, experiment, ladder)
-        atomic_write(folder / "metrics.jsonl", "".join(json_row(row) for row in rows))
-    return rows
+        return _keep(folder, experiment, ladder)
 
 
 def usual_epsilons(stored: Run) -> list[float]:
@@ -240,6 +239,14 @@ def read_climb(path: Path, device: torch.device | str = "cpu") -> tuple[Climb, T
 def _step(row: dict[str, Any]) -> Step:
     accuracies = {name: row[name] and Accuracy(**row[name]) for name in ("alone", "left")}
     return Step(**{**row, **accuracies, "cost": Cost(**row["cost"])})
+
+
+def _keep(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str, Any]]:
+    """Return the rows of all finished arms, stored where they are not: an arm may have been climbed elsewhere."""
+    rows = _collect(folder, experiment, ladder)
+    if read_jsonl(folder / "metrics.jsonl") != rows:
+        atomic_write(folder / "metrics.jsonl", "".join(json_row(row) for row in rows))
+    return rows
 
 
 def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str, Any]]:

@@ -19,9 +19,9 @@ from bitquorum.experiment.threats import (
     attacks,
     chosen_evaluation,
     clean,
+    evaluated_images,
     everyday,
     ladder_worst,
-    test_images,
     transfers,
 )
 from bitquorum.files import atomic_write, json_row, load_tensors, read_jsonl, save_tensors
@@ -65,7 +65,7 @@ def plane_run(
     listener = listener or Listener()
     with working(stored, experiment, "plane"):
         atomic_write(folder / "plane.toml", to_toml(encode(plane)))
-        test = test_images(stored, evaluation, data_root)
+        test = evaluated_images(stored, evaluation, data_root)
         rows: list[dict[str, Any]] = []
         layers: list[dict[str, Any]] = []
         for arm, ensemble in restored(experiment, stored, device=device, data_root=data_root):

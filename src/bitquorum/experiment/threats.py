@@ -75,7 +75,7 @@ def chosen_evaluation(stored: Run, query: str = "") -> Evaluation:
     return chosen
 
 
-def test_images(stored: Run, evaluation: Evaluation, data_root: Path | None) -> ImageSet:
+def evaluated_images(stored: Run, evaluation: Evaluation, data_root: Path | None) -> ImageSet:
     """Return the test images of an evaluation."""
     return evaluation.choose(load(experiment_of(stored).data.name, "test", root=data_root))
 

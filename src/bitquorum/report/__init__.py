@@ -1,9 +1,9 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
-from bitquorum.report.detect import detection_table, rejection_table
+from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
 from bitquorum.report.museum import museum_table, peer_table
-from bitquorum.report.plane import correlation_table, plane_table
+from bitquorum.report.plane import correlation_table, plane_table, profiles
 from bitquorum.report.tables import Table, comparison, environments, epsilon_label
 
 __all__ = [
@@ -12,11 +12,14 @@ __all__ = [
     "comparison",
     "correlation_table",
     "detection_table",
+    "detectors",
     "environments",
     "epsilon_label",
     "museum_table",
     "peer_table",
     "plane_table",
+    "profiles",
     "rejection_table",
+    "rejections",
     "rungs",
 ]

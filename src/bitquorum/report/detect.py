@@ -5,29 +5,53 @@ from typing import Any
 
 from bitquorum.report.tables import Table, epsilon_label, percent
 
+_HEADER = ("statistic", "threat", "epsilon", "positives", "AUROC", "TPR at 5 %", "TPR at 1 %")
+
 
 def detection_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
     """Return a line for each statistic, attack and epsilon of an arm: area under the ROC curve, true positives."""
     mine = [row for row in rows if row["arm"] == arm and row["name"] == "detection"]
-    body = [
-        (
-            row["statistic"],
-            row["threat"] + (" (knows the detector)" if row["aware"] else ""),
-            epsilon_label(row["level"]),
-            str(row["successes"]),
-            _area(row),
-            *(percent(_of(row, name)) for name in ("tpr5", "tpr1")),
-        )
-        for row in mine
-    ]
     first = mine[0]
     note = (
         f"{arm}: {first['members']}. Positives: attacked images that were right when clean and are wrong now; none is "
-        f"stated for fewer than 10. Negatives: {first['images']} clean test images. Thresholds from "
-        f"{first['calibration']} other clean images; scores over {first['draws']} draws; 95 % intervals. TPR in %."
+        f"stated for fewer than 10. Negatives: the clean test images. Thresholds from {first['calibration']} other "
+        f"clean images; scores over {first['draws']} draws; 95 % intervals. TPR in %."
     )
-    header = ("statistic", "threat", "epsilon", "positives", "AUROC", "TPR at 5 %", "TPR at 1 %")
-    return Table(header=header, rows=tuple(body), note=note)
+    return Table(header=_HEADER, rows=tuple(_cells(row) for row in mine), note=note)
+
+
+def detectors(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return, for every arm, how the last plain attack and those that know the detector are seen at one epsilon."""
+    found = [row for row in rows if row["name"] == "detection"]
+    levels = {row["level"] for row in found if row["aware"]} or {row["level"] for row in found}
+    plain = [row["threat"] for row in found if row["kind"] == "white-box" and not row["aware"]]
+    shown = [row for row in found if row["level"] in levels and (row["aware"] or row["threat"] == plain[-1])]
+    return Table(header=("arm", *_HEADER), rows=tuple((row["arm"], *_cells(row)) for row in shown))
+
+
+def rejections(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return, for every arm and evaded statistic, robust accuracy with rejection at the epsilon of the evasions."""
+    body = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm and row["name"] == "rejection"]
+        evaded = {(row["statistic"], row["level"]) for row in mine if row["threat"] == "worst with aware"}
+        chosen = [row for row in rows if row["name"] != "rejection" or (row["statistic"], row["level"]) in evaded]
+        body += [(arm, *cells) for cells in rejection_table(chosen, arm).rows]
+    return Table(header=("arm", *_REJECTION), rows=tuple(body))
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["statistic"],
+        row["threat"] + (" (knows the detector)" if row["aware"] else ""),
+        epsilon_label(row["level"]),
+        str(row["successes"]),
+        _area(row),
+        *(percent(_of(row, name)) for name in ("tpr5", "tpr1")),
+    )
+
+
+_REJECTION = ("statistic", "epsilon", "attacks", "right or rejected", "right and accepted", "fooled", "clean")
 
 
 def rejection_table(rows: Sequence[dict[str, Any]], arm: str, *, false_positives: float = 0.05) -> Table:
@@ -42,18 +66,18 @@ def rejection_table(rows: Sequence[dict[str, Any]], arm: str, *, false_positives
             (
                 row["statistic"],
                 epsilon_label(row["level"]),
-                "all, and those that know the detector" if row["aware"] else "all plain attacks",
+                "all" if row["aware"] else "plain",
                 *(percent(_of(row, name)) for name in ("right_or_rejected", "accepted_right", "fooled")),
                 percent(_of(clean[row["statistic"]], "accepted_right")),
             )
         )
     note = (
-        f"{arm}, thresholds at {100 * false_positives:g} % false positives. Worst over the attacks for each image. "
-        "Right or rejected: rejection counts as defence. Right and accepted: rejection counts as failure. Fooled: wrong and "
-        "accepted. Clean: right and accepted without an attack. In %, with 95 % intervals over images."
+        f"{arm}, thresholds at {100 * false_positives:g} % false positives. Worst over the attacks for each image; "
+        "all: also those that know the detector, on the images that these attacked. Right or rejected: rejection "
+        "counts as defence. Right and accepted: rejection counts as failure. Fooled: wrong and accepted. Clean: right and "
+        "accepted without an attack. In %, with 95 % intervals over images."
     )
-    header = ("statistic", "epsilon", "attacks", "right or rejected", "right and accepted", "fooled", "clean")
-    return Table(header=header, rows=tuple(body), note=note)
+    return Table(header=_REJECTION, rows=tuple(body), note=note)
 
 
 def _of(row: dict[str, Any], name: str) -> dict[str, Any] | None:

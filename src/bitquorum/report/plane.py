@@ -5,26 +5,35 @@ from typing import Any
 
 from bitquorum.report.tables import Table, epsilon_label, percent
 
+_BITS = ("pair_mi", "residual", "excess", "conditional_mi", "label_mi")
+_HEADER = ("threat", "level", "accuracy", "I(fi;fj)", "residual", "excess", "I(fi;fj|Y)", "I(fi;Y)")
+
 
 def plane_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
     """Return a line for each threat and level of an arm: accuracy, and information in bits with its interval."""
     mine = [row for row in rows if row["arm"] == arm]
-    body = []
-    for row in mine:
-        accuracy = {key: row[f"accuracy{end}"] for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
-        bits = (_bits(row, name) for name in ("pair_mi", "residual", "excess", "conditional_mi", "label_mi"))
-        body.append((row["threat"], level_label(row), percent({**accuracy, "images": row["images"]}), *bits))
-    first = mine[0]
     draws = sorted({row["draws"] for row in mine})
-    header = ("threat", "level", "accuracy", "I(fi;fj)", "residual", "excess", "I(fi;fj|Y)", "I(fi;Y)")
     note = (
-        f"{arm}: {first['members']}. Votes of members on {first['images']} test images, "
+        f"{arm}: {mine[0]['members']}. Votes of members on {mine[0]['images']} test images, "
         f"{' or '.join(map(str, draws))} draws. Accuracy in %, information in bits, bias-corrected, with half-widths "
         "of 95 % intervals over images. Residual: above members of the same accuracies that err uniformly and "
         "independently. Excess: above members with the same confusions that are independent given the label. Level: "
         "epsilon, or severity of a corruption."
     )
-    return Table(header=header, rows=tuple(body), note=note)
+    return Table(header=_HEADER, rows=tuple(_cells(row) for row in mine), note=note)
+
+
+def profiles(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the lines of clean images, of the last attack, of ladders and of random corners, for every arm."""
+    last = next((row["threat"] for row in reversed(rows) if row["kind"] == "white-box"), "")
+    shown = [row for row in rows if row["kind"] in ("clean", "ladder", "noise") or row["threat"] == last]
+    return Table(header=("arm", *_HEADER), rows=tuple((row["arm"], *_cells(row)) for row in shown))
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    accuracy = {key: row[f"accuracy{end}"] for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    shown = percent({**accuracy, "images": row["images"]})
+    return row["threat"], level_label(row), shown, *(_bits(row, name) for name in _BITS)
 
 
 def correlation_table(rows: Sequence[dict[str, Any]]) -> Table:

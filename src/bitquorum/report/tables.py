@@ -29,7 +29,7 @@ class Table:
             | 1 | 2 |
         """
         lines = [self.header, ("---",) * len(self.header), *self.rows]
-        text = ["| " + " | ".join(line) + " |" for line in lines]
+        text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
         text[1] = text[1].replace(" ", "")
         return "\n".join(text)
 
