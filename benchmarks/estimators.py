@@ -130,37 +130,58 @@ def code_rows(seeds: int) -> list[Row]:
     return rows
 
 
+def pooled(accuracy: float, count: int, seed: int) -> Tensor:
+    """Return the table [y, a, b] of each example, from the votes of all draws of both members."""
+    label, *draws = votes(accuracy, count, seed)
+    eye = torch.eye(CLASSES)
+    first, second = (eye[draw].mean(1) for draw in draws)
+    return eye[label][:, :, None, None] * first[:, None, :, None] * second[:, None, None, :]
+
+
 def vote_rows(seeds: int) -> list[Row]:
+    """Return rows of several draws an example; Miller-Madow and NSB take codes, hence the first draw alone."""
     rows = []
-    eye = torch.eye(CLASSES, dtype=torch.float64)
     for accuracy in (0.9, 0.5):
-        law, truth = f"votes of 10 draws, accuracy {accuracy}", info.independent_error_information(accuracy, CLASSES)
+        law = f"votes of {DRAWS} draws, accuracy {accuracy}"
+        truth = info.independent_error_information(accuracy, CLASSES)
         for count in (300, 1000):
             drawn = [votes(accuracy, count, seed)[1:] for seed in range(seeds)]
-            pooled = [tuple(eye[draws].mean(1) for draws in pair) for pair in drawn]
-            products = [first[:, :, None] * second[:, None, :] for first, second in pooled]
+            tables = [pooled(accuracy, count, seed).sum(1) for seed in range(seeds)]
             calls: dict[str, list[Callable[[], Estimate | float]]] = {
-                "plug-in": [lambda t=t: float(info.mutual_information(t.mean(0))) for t in products],
-                "jackknife": [lambda t=t: info.jackknife(t, info.mutual_information) for t in products],
+                "plug-in": [lambda t=t: float(info.mutual_information(t.mean(0))) for t in tables],
+                "jackknife": [lambda t=t: info.jackknife(t, info.mutual_information) for t in tables],
                 "Miller-Madow": [lambda d=d: info.PlugIn()(d[0][:, 0], d[1][:, 0]) for d in drawn],
                 "NSB": [lambda d=d: info.NSB()(d[0][:, 0], d[1][:, 0]) for d in drawn],
             }
             rows += [measure("votes", law, truth, name, count, found) for name, found in calls.items()]
+    return rows
+
+
+def conditional_rows(seeds: int) -> list[Row]:
+    """Return rows of the MI given the label, from one draw and from the votes of several."""
+    rows = []
     for share in (0.0, 0.5):
         table = shared_errors(0.7, share)
-        law, truth = f"given the label, accuracy 0.7, {share:.0%} repeated", float(info.conditional_mutual_information(table))
+        law = f"given the label, accuracy 0.7, {share:.0%} repeated"
+        truth = abs(float(info.conditional_mutual_information(table)))
         for count in (300, 1000):
             drawn = [triples(table, count, seed) for seed in range(seeds)]
-            given = {"Miller-Madow": info.PlugIn(), "NSB": info.NSB()}
-            calls = {
-                "plug-in": [lambda d=d: info.conditional(CODES["plug-in"], *d) for d in drawn],
-                "jackknife": [lambda d=d: info.jackknife(hot(*d), info.conditional_mutual_information) for d in drawn],
-                **{
-                    name: [lambda d=d, estimator=estimator: info.conditional(estimator, *d) for d in drawn]
-                    for name, estimator in given.items()
-                },
+            calls: dict[str, list[Callable[[], Estimate | float]]] = {
+                name: [lambda d=d, name=name: info.conditional(CODES[name], *d) for d in drawn]
+                for name in ("plug-in", "Miller-Madow", "NSB")
             }
+            calls["jackknife"] = [
+                lambda d=d: info.jackknife(hot(*d), info.conditional_mutual_information) for d in drawn
+            ]
             rows += [measure("votes", law, truth, name, count, found) for name, found in calls.items()]
+    law, measured = f"given the label, votes of {DRAWS} draws, accuracy 0.7", info.conditional_mutual_information
+    for count in (300, 1000):
+        tables = [pooled(0.7, count, seed) for seed in range(seeds)]
+        calls = {
+            "plug-in": [lambda t=t: float(measured(t.mean(0))) for t in tables],
+            "jackknife": [lambda t=t: info.jackknife(t, measured) for t in tables],
+        }
+        rows += [measure("votes", law, 0.0, name, count, found) for name, found in calls.items()]
     return rows
 
 
@@ -205,7 +226,7 @@ def render(rows: Sequence[Row], family: str) -> Table:
         found = [cells.get((law, count, name)) for name in names]
         truth = next(row["truth"] for row in found if row)
         shown = [_cell(row, family) if row else "-" for row in found]
-        lines.append((law, f"{truth:.3f}" if family != "features" else f"{truth:.2f}", f"{count:,}", *shown))
+        lines.append((law, f"{truth:.{2 if family == 'features' else 3}f}", f"{count:,}", *shown))
     seeds = sorted({row["seeds"] for row in chosen})
     note = f"bits; {' or '.join(map(str, seeds))} samples each"
     return Table(header=("law", "MI", "N", *names), rows=tuple(lines), note=note)
@@ -213,8 +234,8 @@ def render(rows: Sequence[Row], family: str) -> Table:
 
 def _cell(row: Row, family: str) -> str:
     if family == "features":
-        return f"{row['mean']:.2f} ± {row['spread']:.2f}"
-    return f"{row['bias']:+.3f} ± {row['spread']:.3f}"
+        return f"{round(row['mean'], 2) + 0.0:.2f} ± {row['spread']:.2f}"
+    return f"{round(row['bias'], 3) + 0.0:+.3f} ± {row['spread']:.3f}"
 
 
 def main() -> None:
@@ -225,7 +246,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = code_rows(4 * arguments.seeds) + vote_rows(4 * arguments.seeds) + feature_rows(arguments.seeds)
+    discrete = 4 * arguments.seeds
+    rows = code_rows(discrete) + vote_rows(discrete) + conditional_rows(discrete) + feature_rows(arguments.seeds)
     if arguments.json:
         text = json.dumps({"environment": environment(), "rows": rows}, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")

@@ -460,15 +460,15 @@ def test_windows_have_rows_of_detection_alone():
     assert found[0]["auroc_low"] <= 5 / (5 + 1.959964**2)  # five windows of 20 stand apart
     assert sum(curves[0]["clean_counts"]) == 60
     few = observed(32, 15)
-    found, curves = detect(detection, MeanProbability(), calibration, few, [attack_on(few, torch.arange(15), few.labels[:0])])
+    found, curves = detect(
+        detection, MeanProbability(), calibration, few, [attack_on(few, torch.arange(15), few.labels[:0])]
+    )
     assert (found[0]["auroc"], curves) == (None, [])
 
 
 def test_a_single_view_leaves_out_what_compares_votes():
     detection = Detection(false_positives=(0.05,))
-    calibration, clean = (
-        replace(seen, logits=seen.logits[:1, :1]) for seen in (observed(33, 120), observed(34, 60))
-    )
+    calibration, clean = (replace(seen, logits=seen.logits[:1, :1]) for seen in (observed(33, 120), observed(34, 60)))
     found, _ = detect(detection, MeanProbability(), calibration, clean, [])
     assert [row["statistic"] for row in found] == ["max-softmax", "energy", "entropy"]
 

@@ -21,7 +21,7 @@ from bitquorum.testing import check_estimator
 
 ROOT = Path(__file__).resolve().parents[1]
 REJECTED = (InputError, TypeCheckError)
-QUICK: dict[str, Any] = {"hidden": 16, "steps": 80, "rate": 1e-2}
+QUICK: dict[str, Any] = {"hidden": 16, "steps": 60, "batch": 128, "rate": 1e-2}
 
 
 def generator(seed):
@@ -41,11 +41,9 @@ def gaussians(bits, width_a=1, width_b=1):
 
 
 def clusters(count, chance):
-    """Draw two variables of four far clusters each, the second the first in half of the samples."""
-    a = torch.randint(4, (count,), generator=chance)
-    other = torch.randint(4, (count,), generator=chance)
-    b = torch.where(torch.rand(count, generator=chance) < 0.5, a, other)
-    return 100.0 * a[:, None], 100.0 * b[:, None]
+    """Draw two variables of four far clusters each that share one fair bit: all marginals are uniform."""
+    shared, first, second = torch.randint(2, (3, count), generator=chance)
+    return 100.0 * (2 * shared + first)[:, None], 100.0 * (2 * shared + second)[:, None]
 
 
 def gate(rule, a=2, b=2):
@@ -67,7 +65,6 @@ def random_tables(seed, *shape, dims):
 
 
 INDEPENDENT = info.independent_error_joint(0.7, 10)
-CLUSTERS = float(info.mutual_information(info.symmetric_channel(0.625, 4)))
 CONTRACTS: dict[str, tuple[info.Estimator, Any, float, dict[str, Any]]] = {
     "plug-in": (info.PlugIn(correction="none"), codes(INDEPENDENT), 0.737, {"tolerance": 0.07}),
     "miller-madow": (info.PlugIn(), codes(INDEPENDENT), 0.737, {"tolerance": 0.02}),
@@ -77,11 +74,11 @@ CONTRACTS: dict[str, tuple[info.Estimator, Any, float, dict[str, Any]]] = {
     "nsb-small": (info.NSB(), codes(info.binary_symmetric_channel(0.11)), 0.5, {"repeats": 60, "tolerance": 0.005}),
     "ksg": (info.KSG(), gaussians(1.0), 1.0, {"samples": 500, "repeats": 24, "tolerance": 0.01}),
     "ksg-wide": (info.KSG(neighbours=5), gaussians(0.0, 2, 3), 0.0, {"samples": 300}),
-    "renyi": (info.RenyiMI(bandwidth=1.0), clusters, CLUSTERS, {"samples": 300, "tolerance": 0.15}),
-    "renyi-1.01": (info.RenyiMI(alpha=1.01, bandwidth=1.0), clusters, CLUSTERS, {"samples": 150, "tolerance": 0.08}),
-    "info-nce": (info.InfoNCE(**QUICK), gaussians(1.0), 1.0, {"samples": 300, "repeats": 8}),
-    "smile": (info.SMILE(**QUICK), gaussians(0.5), 0.5, {"samples": 300, "repeats": 8, "tolerance": 0.25}),
-    "club": (info.CLUB(**QUICK), gaussians(1.0), 1.0, {"samples": 300, "repeats": 8}),
+    "renyi": (info.RenyiMI(bandwidth=1.0), clusters, 1.0, {"samples": 200, "tolerance": 0.02}),
+    "renyi-1.01": (info.RenyiMI(alpha=1.01, bandwidth=1.0), clusters, 1.0, {"samples": 100, "tolerance": 0.05}),
+    "info-nce": (info.InfoNCE(**QUICK), gaussians(1.0), 1.0, {"samples": 200, "repeats": 6}),
+    "smile": (info.SMILE(**QUICK), gaussians(0.5), 0.5, {"samples": 200, "repeats": 6, "tolerance": 0.25}),
+    "club": (info.CLUB(**QUICK), gaussians(1.0), 1.0, {"samples": 200, "repeats": 6}),
 }
 
 
@@ -374,29 +371,18 @@ def test_the_four_parts_add_up_and_are_not_negative(shape: tuple[int, int, int])
     assert (swapped.unique_b, swapped.redundancy) == pytest.approx((parts.unique_a, parts.redundancy), abs=2e-7)
 
 
-def test_no_law_with_the_same_marginals_has_less_information_than_the_decomposition_says():
+def test_alternating_projections_find_the_least_information_of_the_decomposition():
     joint = random_tables(4, 3, 3, 3, dims=3)
     least = info.mutual_information(joint.flatten(1)).item() - info.decompose(joint).synergy
-    best = math.inf
-    for seed in range(200):
-        chance = generator(seed)
-        law = joint.clone()
-        for _ in range(60):
-            (i, j), (k, m), y = (
-                torch.randperm(3, generator=chance)[:2].tolist(),
-                torch.randperm(3, generator=chance)[:2].tolist(),
-                int(torch.randint(3, (), generator=chance)),
-            )
-            mass = 0.5 * float(torch.minimum(law[y, i, k], law[y, j, m]))
-            moved = law.clone()
-            moved[y, i, k] -= mass
-            moved[y, j, m] -= mass
-            moved[y, i, m] += mass
-            moved[y, j, k] += mass
-            law = min(law, moved, key=lambda table: float(info.mutual_information(table.flatten(1))))
-        best = min(best, float(info.mutual_information(law.flatten(1))))
-    assert least <= best + 1e-9
-    assert best < least + 0.02
+    first, second, pair = joint.sum(2), joint.sum(1), torch.ones(3, 3, dtype=torch.float64) / 9
+    for _ in range(200):  # alternating projections: slow and near, and another algorithm than ours
+        law = pair.expand(3, 3, 3)
+        for _ in range(20):
+            law = law * (first / law.sum(2))[:, :, None]
+            law = law * (second / law.sum(1))[:, None, :]
+        pair = law.sum(0)
+    found = info.mutual_information(law.flatten(1) / law.sum()).item()
+    assert found == pytest.approx(least, abs=1e-3)
 
 
 def test_members_that_err_independently_have_redundancy_and_the_worse_has_nothing_unique():

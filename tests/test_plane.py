@@ -166,15 +166,17 @@ def test_layers_state_noise_and_rate_of_every_quantizer():
     assert image["noise_bits"] == pytest.approx(float(quantizer.entropy(images).mean()), rel=1e-5)
 
 
-def test_observations_do_not_depend_on_the_batch():
-    ensemble, images = noisy_ensemble()
-    index = torch.arange(100, 108)
-    whole = observe(ensemble, images, index, draws=3, seed=1)
-    parts = observe(ensemble, images, index, draws=3, seed=1, batch_size=3)
-    assert whole.shape == (3, 3, 8, 3)
-    torch.testing.assert_close(whole, parts)
-    assert not torch.equal(whole[0], whole[1])
-    assert not torch.equal(whole, observe(ensemble, images, index, draws=3, seed=2))
+def test_observations_repeat_and_blocks_of_images_meet_draws_of_their_own():
+    ensemble, few = noisy_ensemble()
+    images, index = few[:1].expand(60, -1, -1, -1), torch.zeros(60, dtype=torch.int64)
+    seen = observe(ensemble, images, index, draws=3, seed=1)
+    assert seen.shape == (3, 3, 60, 3)
+    torch.testing.assert_close(seen[:, :, :50], observe(ensemble, images[:50], index[:50], draws=3, seed=1))
+    torch.testing.assert_close(seen[:, :, 0], seen[:, :, 49])
+    assert not torch.allclose(seen[:, 0, 49], seen[:, 0, 50]), "the next block meets other draws"
+    torch.testing.assert_close(seen[:, 2, 49], seen[:, 2, 50])  # a member without noise
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen, observe(ensemble, images, index, draws=3, seed=2))
 
 
 @pytest.mark.parametrize("name", ["gaussian-noise", "blur", "contrast", "brightness"])

@@ -1,6 +1,6 @@
 """Attack an ensemble together with the detector that guards it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -69,7 +69,7 @@ class Evasive(Method):
     momentum: float = 0.75
     slack: float = 0.5
     factor: float = 4.0
-    looks: int = 2
+    looks: int = 3
     surrogate: Surrogate = field(default_factory=Surrogate)
 
     def __post_init__(self) -> None:
@@ -103,7 +103,8 @@ class Evasive(Method):
     ) -> AttackResult:
         """Attack a batch; arguments and errors are those of `Attack`, and `detector` is what is to be evaded.
 
-        The cost is that of an image that is never both wrong and accepted; others are spared what would follow.
+        Raises:
+            InputError: also if a step has a single view, where the statistic compares views.
         """
         check_inputs(images, labels, epsilon, norm)
         if norm not in self.norms:
@@ -126,22 +127,14 @@ class Evasive(Method):
         found = problem.images.clone()
         ranked = wrong_classes(problem, draws=detector.passes)[: self.targets] if self.targets else ()
         for climb, targets in enumerate((None, *ranked)):
-            x = problem.random_point("climb", climb)
-            weights = _Weights.start(best.rank)
+            x, weights = problem.random_point("climb", climb), _Weights.start(best.rank)
             for number in range(self.rounds):
-                rows = (best.rank < self._top).nonzero()[:, 0]
-                if not len(rows):
-                    return found
-                part = _part(problem, rows)
-                path = part.child("climb", climb, "round", number)
-                towards = None if targets is None else targets[rows]
-                x[rows] = self._climb(path, detector, x[rows], weights.weight[rows], towards)
-                end = self._judge(part, detector, x[rows])
-                better = best.take(rows, end)
-                found[rows[better]] = x[rows[better]]
-                weights.update(
-                    rows, raised=end.wrong & ~end.accepted, lowered=end.accepted & ~end.wrong, by=self.factor
-                )
+                path = problem.child("climb", climb, "round", number)
+                x = self._climb(path, detector, x, weights.weight, targets)
+                end = self._judge(problem, detector, x)
+                better = best.take(end)
+                found[better] = x[better]
+                weights.update(raised=end.wrong & ~end.accepted, lowered=end.accepted & ~end.wrong, by=self.factor)
         return found
 
     def _climb(
@@ -157,7 +150,9 @@ class Evasive(Method):
 
         def criterion(logits: Tensor) -> Tensor:
             if not has_pairs(detector.statistic, logits):
-                raise InputError(f"expected an eot of at least 2 against {detector.statistic.name} of one member, got 1")
+                raise InputError(
+                    f"expected an eot of at least 2 against {detector.statistic.name} of one member, got 1"
+                )
             if targets is None:
                 goal = pooled_loss(logits, labels, loss="margin", pooling="mean-probability")
             else:
@@ -175,18 +170,16 @@ class Evasive(Method):
             x = problem.ascend(x, velocity, length)
         return x
 
-    @property
-    def _top(self) -> int:
-        return self.looks * (self.looks + 2)
-
     def _judge(self, problem: Problem, detector: Detector, x: Float[Tensor, "batch *image"]) -> "_Verdict":
         """Return what the owner of the detector would see; the draws are the same for every version of an example."""
-        logits = problem.logits(x, seeds=problem.seeds(self.looks * detector.passes, "selection"))
-        parts = logits.split(detector.passes)
+        parts = [
+            problem.logits(x, seeds=problem.seeds(detector.passes, "selection", look)) for look in range(self.looks)
+        ]
         wrong = torch.stack([detector.aggregation(part).argmax(-1) != problem.labels for part in parts])
         scores = torch.stack([detector.scores(part) for part in parts])
         accepted = scores <= detector.threshold
-        margin, room = error_margin(logits, problem.labels), (detector.threshold - scores.mean(0)) / detector.scale
+        margin = error_margin(torch.cat(parts), problem.labels)
+        room = (detector.threshold - scores.mean(0)) / detector.scale
         both = (wrong & accepted).sum(0)
         return _Verdict(
             rank=both * (self.looks + 1) + wrong.sum(0),
@@ -205,11 +198,10 @@ class _Verdict:
     wrong: Bool[Tensor, "batch"]
     accepted: Bool[Tensor, "batch"]
 
-    def take(self, rows: Int[Tensor, "rows"], other: "_Verdict") -> Bool[Tensor, "rows"]:
-        """Keep what is better for some examples, and return where it was."""
-        rank, tie = self.rank[rows], self.tie[rows]
-        better = (other.rank > rank) | ((other.rank == rank) & (other.tie > tie))
-        self.rank[rows], self.tie[rows] = torch.where(better, other.rank, rank), torch.where(better, other.tie, tie)
+    def take(self, other: "_Verdict") -> Bool[Tensor, "batch"]:
+        """Keep the rank and tie of what is better, and return where it was."""
+        better = (other.rank > self.rank) | ((other.rank == self.rank) & (other.tie > self.tie))
+        self.rank, self.tie = torch.where(better, other.rank, self.rank), torch.where(better, other.tie, self.tie)
         return better
 
 
@@ -227,21 +219,12 @@ class _Weights:
         zero = torch.zeros(like.shape, device=like.device)
         return cls(weight=zero, low=zero.clone(), high=torch.full_like(zero, torch.inf))
 
-    def update(
-        self, rows: Int[Tensor, "rows"], *, raised: Bool[Tensor, "rows"], lowered: Bool[Tensor, "rows"], by: float
-    ) -> None:
+    def update(self, *, raised: Bool[Tensor, "batch"], lowered: Bool[Tensor, "batch"], by: float) -> None:
         """Move the weights of some examples; a weight of zero cannot fall."""
-        weight = self.weight[rows]
+        weight = self.weight
         lowered = lowered & (weight > 0)
-        low = torch.where(raised, weight, self.low[rows])
-        high = torch.where(lowered, weight, self.high[rows])
-        between = (low * high).sqrt()
-        up = torch.where(high.isinf(), (weight * by).clamp(min=1.0), torch.where(low > 0, between, high / by))
-        down = torch.where(low > 0, between, weight / by)
-        self.weight[rows] = torch.where(raised, up, torch.where(lowered, down, weight))
-        self.low[rows], self.high[rows] = low, high
-
-
-def _part(problem: Problem, rows: Int[Tensor, "rows"]) -> Problem:
-    """Return the problem of some of the examples; seeds stay, and passes count together."""
-    return replace(problem, images=problem.images[rows], labels=problem.labels[rows], examples=problem.examples[rows])
+        self.low, self.high = torch.where(raised, weight, self.low), torch.where(lowered, weight, self.high)
+        between = (self.low * self.high).sqrt()
+        above = torch.where(self.high.isinf(), (weight * by).clamp(min=1.0), self.high / by)
+        up, down = (torch.where((self.low > 0) & self.high.isfinite(), between, edge) for edge in (above, weight / by))
+        self.weight = torch.where(raised, up, torch.where(lowered, down, weight))

@@ -24,10 +24,15 @@ class WindowMI(Statistic):
     \hat I = I(\text{counts} / N) - \frac{K_{ab} - K_a - K_b + 1}{2 N \ln 2}$$
 
     in bits, of the votes of P pairs under L draws on N inputs. An attack can lower the MI, where members part, or raise
-    it, where all are led to one answer more firmly than by clean images: hence both sides. Miller and Madow's
-    correction leaves a bias of order 1/N^2, which at N = 50 and ten classes is still about a tenth of a bit where
-    members often disagree; it depends on the table. So the centre $\bar I$ is not the MI of the clean joint but the
-    mean of the same estimate over `resamples` windows of N votes drawn from it, which shares the bias of clean windows.
+    it, where all are led to one answer more firmly than by clean images: hence both sides.
+
+    Bias: a window has far fewer votes than a table has cells, and Miller and Madow's correction removes only part of
+    the bias. At N = 50 and ten classes $\hat I$ lies above the truth by 0.3 bits for two members that are right on 95 %
+    of the images, by 0.8 bits on 50 % (errors independent and uniform), at N = 200 by 0.2 and 0.1. So the centre
+    $\bar I$ is not the MI of the clean joint but the mean of the same estimate over `resamples` windows of N votes
+    drawn from it, which shares the bias of clean windows; windows under attack have another one, which counts as a part
+    of the difference.
+
     The MI of a window also falls where the inputs hold fewer classes: windows must have the mixture of classes of the
     clean images, or that, too, is reported.
 

@@ -73,9 +73,13 @@ def detect_run(
             )
             if not (folder / arm.name / "curves.jsonl").exists():
                 bench.measure(held_out, listener or Listener())
-        for part in _PARTS:
-            rows = [row for arm in experiment.arms for row in read_jsonl(folder / arm.name / f"{part}.jsonl")]
+        arms = [folder / arm.name for arm in experiment.arms]
+        for part in reversed(_PARTS):  # metrics last: they say that all is done
+            rows = [row for arm in arms for row in read_jsonl(arm / f"{part}.jsonl")]
             atomic_write(folder / f"{part}.jsonl", "".join(json_row(row) for row in rows))
+        for arm in arms:  # held by the whole now
+            for part in _PARTS:
+                (arm / f"{part}.jsonl").unlink()
     return detection, read_jsonl(folder / "metrics.jsonl")
 
 

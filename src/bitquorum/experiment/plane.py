@@ -118,7 +118,6 @@ def _point(path: Path, threat: Threat, ensemble: Ensemble, test: ImageSet, plane
             test.index,
             draws=plane.draws * ensemble.passes,
             seed=rng.derive(plane.seed, "plane"),
-            batch_size=plane.batch_size,
         )
         facts = {"threat": threat.label, "kind": threat.kind, "axis": threat.axis, "level": repr(threat.level)}
         save_tensors(path, {"logits": logits, "labels": test.labels, "images": images[:_SHOWN]}, facts)

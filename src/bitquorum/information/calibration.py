@@ -70,7 +70,7 @@ def calibrate(
     Examples:
         >>> from bitquorum.information import KSG
         >>> print(calibrate(KSG(), 2, 2, 300, true=(1.0,)))
-        KSG, no bound; on Gaussians of 2 + 2 dimensions and 300 samples it returns 0.9... where 1 bits are true
+        KSG, no bound; on Gaussians of 2 + 2 dimensions and 300 samples it returns 1.0... where 1 bits are true
     """
     if not true or repeats < 1:
         raise InputError(f"calibrate: expected at least one true value and one repeat, got {true} and {repeats}")

@@ -51,7 +51,7 @@ def conditional(
         )
     values, counts = given.unique(return_counts=True)
     found = [estimator(a[given == value], b[given == value]) for value in values]
-    shares = (counts / len(given)).tolist()
+    shares = (counts.double() / len(given)).tolist()
     mean = sum(share * part.value for share, part in zip(shares, found, strict=True))
     inside = sum((share * part.standard_error) ** 2 for share, part in zip(shares, found, strict=True))
     between = sum(share * (part.value - mean) ** 2 for share, part in zip(shares, found, strict=True)) / len(given)

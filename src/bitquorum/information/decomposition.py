@@ -49,7 +49,7 @@ def decompose(joint: Float[Tensor, "y a b"], *, tolerance: float = 1e-6) -> Deco
     R = I(Y; A) - U_A, \quad S = I(Y; A, B) - \min_Q I_Q(Y; A, B)$$
 
     over the laws Q that agree with the given one on (Y, A) and on (Y, B); one Q minimises all three. It is computed
-    in float64 and has no gradient.
+    in float64 on the CPU and has no gradient.
 
     Args:
         joint: Joint probabilities of the label and two members; they sum to one.
@@ -74,7 +74,7 @@ def decompose(joint: Float[Tensor, "y a b"], *, tolerance: float = 1e-6) -> Deco
         raise InputError(f"decompose: expected a table [y, a, b], got shape {tuple(joint.shape)}")
     if not tolerance > 0:
         raise InputError(f"decompose: expected a tolerance above 0, got {tolerance}")
-    p = _check.distribution(joint, (-3, -2, -1), "decompose").double()
+    p = _check.distribution(joint, (-3, -2, -1), "decompose").cpu().double()
     p = p / p.sum()
     problem = _Problem(p)
     gap, best, floor = math.inf, problem.product, -math.inf

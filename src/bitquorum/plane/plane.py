@@ -24,7 +24,6 @@ class Plane(Method):
         transfer: Whether images made for the other arms are tried.
         draws: Predictions of each image; members without noise are asked once.
         permutations: Of each test of a correlation, where there are too many to count all.
-        batch_size: Images seen at once; it changes results by rounding alone.
         seed: Of draws, noise and permutations.
     """
 
@@ -35,14 +34,10 @@ class Plane(Method):
     transfer: bool = True
     draws: int = 10
     permutations: int = 10_000
-    batch_size: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not set(self.severities) <= set(SEVERITIES) or list(self.severities) != sorted(set(self.severities)):
             raise InputError(f"expected increasing severities among {SEVERITIES}, got {self.severities}")
-        if min(self.draws, self.permutations, self.batch_size) < 1:
-            raise InputError(
-                "expected at least one draw, permutation and image per batch, got "
-                f"{self.draws}, {self.permutations} and {self.batch_size}"
-            )
+        if min(self.draws, self.permutations) < 1:
+            raise InputError(f"expected at least one draw and permutation, got {self.draws} and {self.permutations}")

@@ -2,8 +2,8 @@ r"""Compute the coordinates of one threat in the plane, from what the members sa
 
 A vote is a member's most probable class under one draw. The table of two members is that of their votes over images
 and draws, those of the same draw paired. All information is in bits. Bias and interval come from leaving out one image
-at a time (`information.jackknife`): draws of the same image are no further images. The noise that a draw gives to the
-weights is common to all images; its part in the variance falls with the number of draws and is not in the interval.
+at a time (`information.jackknife`): draws of the same image are no further images. What a draw of the weights gives to
+all images that meet it falls with the number of draws and is not in the interval.
 """
 
 from collections.abc import Callable

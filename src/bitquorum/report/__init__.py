@@ -3,6 +3,7 @@
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
 from bitquorum.report.museum import museum_table, peer_table
+from bitquorum.report.page import write_figures, write_page
 from bitquorum.report.plane import correlation_table, plane_table, profiles
 from bitquorum.report.tables import Table, comparison, environments, epsilon_label
 
@@ -22,4 +23,6 @@ __all__ = [
     "rejection_table",
     "rejections",
     "rungs",
+    "write_figures",
+    "write_page",
 ]

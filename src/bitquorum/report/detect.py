@@ -74,8 +74,8 @@ def rejection_table(rows: Sequence[dict[str, Any]], arm: str, *, false_positives
     note = (
         f"{arm}, thresholds at {100 * false_positives:g} % false positives. Worst over the attacks for each image; "
         "all: also those that know the detector, on the images that these attacked. Right or rejected: rejection "
-        "counts as defence. Right and accepted: rejection counts as failure. Fooled: wrong and accepted. Clean: right and "
-        "accepted without an attack. In %, with 95 % intervals over images."
+        "counts as defence. Right and accepted: rejection counts as failure. Fooled: wrong and accepted. Clean: "
+        "right and accepted without an attack. In %, with 95 % intervals over images."
     )
     return Table(header=_REJECTION, rows=tuple(body), note=note)
 
