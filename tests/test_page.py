@@ -507,14 +507,14 @@ def test_several_parts_of_a_kind_are_all_shown(runs: list[Run], tmp_path: Path):
     store_plane(run, ["low-bit"], digest="p2")
     store_evaluation(run, ["low-bit"], "FGSM", digest="e2")
     (view,) = collect([run])
-    assert [part.digest for part in view.planes] == ["p2", "p1"]
+    assert [part.digest for part in view.planes] == ["p1", "p2"]
     text = write_page([run], tmp_path / "page.html").read_text()
     assert "Evaluation e2" in text
     assert "Evaluation e1" in text
     figure = planes.plane([view], Look.of([view]))
     assert figure is not None
     hidden = [key.name for key in figure.keys if key.hidden]
-    assert hidden == [f"{view.name}, plane p1"]
+    assert hidden == [f"{view.name}, plane p2"]
 
 
 @pytest.mark.parametrize(("share", "bits"), [(1.0, 3.32), (0.9, 2.02), (0.6, 0.393), (0.1, 0.0)])

@@ -11,7 +11,16 @@ from typer.main import get_command
 from bitquorum import cli
 from bitquorum.config import read
 from bitquorum.files import read_jsonl
-from bitquorum.report import Table, bracket, comparison, museum_table, peer_table
+from bitquorum.report import (
+    Table,
+    bracket,
+    comparison,
+    detectors,
+    museum_table,
+    peer_table,
+    profiles,
+    rejections,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,12 +29,17 @@ PAGES = {
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-RESULTS = re.compile(r"<!-- (results|ladder|museum|peers): (\S+) -->\n(.*?)<!-- end -->", re.S)
+RESULTS = re.compile(
+    r"<!-- (results|ladder|museum|peers|plane|detectors|rejections): (\S+) -->\n(.*?)<!-- end -->", re.S
+)
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
     "museum": ("metrics.jsonl", museum_table),
     "peers": ("metrics.jsonl", peer_table),
+    "plane": ("planes/*/metrics.jsonl", profiles),
+    "detectors": ("detections/*/metrics.jsonl", detectors),
+    "rejections": ("detections/*/metrics.jsonl", rejections),
 }
 TABLES = [(page, *match) for page, text in PAGES.items() for match in RESULTS.findall(text)]
 

@@ -117,11 +117,13 @@ def _plane(views: Sequence[RunView], look: Look, quantities: dict[str, str], nam
     several = len(sources) > 1
     rows: list[dict[str, Any]] = []
     series: dict[str, Series] = {}
+    attack: str | None = None  # shown first: the last one, as a rule the strongest
     for number, (view, part, source) in enumerate(sources):
         for arm in part.arms():
             style = replace(look.arm(arm), dash=number) if several else look.arm(arm)
             for threat in _threats(part, arm):
                 kind = str(threat[-1]["kind"])
+                attack = str(threat[-1]["threat"]) if kind == "white-box" else attack
                 trajectory = " / ".join([*([source] if several else []), arm, str(threat[-1]["threat"])])
                 marked = replace(style, marker=_kind_number(kind), width=1.5)
                 series[trajectory] = Series(style=marked, keys=(arm, kind, *([source] if several else [])))
@@ -149,7 +151,7 @@ def _plane(views: Sequence[RunView], look: Look, quantities: dict[str, str], nam
         keys=_plane_keys(rows, series, look, sources if several else []),
         selectors=(
             *((Selector(column="measure", title="Across"),) if len(quantities) > 1 else ()),
-            Selector(column="threat", title="Threat", every="all threats"),
+            Selector(column="threat", title="Threat", default=attack, every="all threats"),
         ),
         x_titles={label: label for label in quantities.values()},
     )

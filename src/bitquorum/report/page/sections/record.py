@@ -192,7 +192,7 @@ def _hardware(row: Row) -> str:
 
 
 def _passes(view: RunView) -> Html | None:
-    """Return the passes of each attack of the newest evaluation, and the seconds of each ladder."""
+    """Return the passes of each attack of the first evaluation, and the seconds of each ladder."""
     parts: list[Html | None] = []
     for part in view.evaluations[:1]:
         names = [name for name in distinct(part.rows, "attack") if name not in ("clean", "worst")]

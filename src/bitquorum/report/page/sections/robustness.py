@@ -125,7 +125,7 @@ def _summary(view: RunView) -> Html:
     if climbed:
         parts.append(f"Ladder {climbed.label}: {counts(climbed.rows)}.")
     several = len(view.evaluations) > 1 or len(view.ladders) > 1
-    parts += ["The newest of each is shown here, all of them below."] if several else []
+    parts += ["The first of each is shown here, all of them below."] if several else []
     return join(
         [grid(header, body, about, texts=(0, 1, *([len(header) - 1] if climbed else []))), note(" ".join(parts))]
     )
