@@ -18,6 +18,8 @@ from torch import Tensor
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import interval
 from bitquorum.information import (
+    NSB,
+    conditional,
     conditional_mutual_information,
     entropy,
     independent_error_bits,
@@ -45,7 +47,9 @@ def place(
       confusions that all members share, such as cats with dogs, are not counted as dependence.
     - `soft_mi`: the mean over pairs of the MI of the joint of their posteriors; with its bias corrected.
 
-    Pair quantities are `None` for one member, `conditional_mi` and `excess` also for more than 20 classes.
+    Pair quantities are `None` for one member, `conditional_mi` and `excess` also for more than 20 classes. Votes cast
+    once, by members without noise, leave tables by label all but empty: their `conditional_mi` is that of
+    `information.NSB` within each label, which is less biased than the jackknife there, and still upwards.
 
     Args:
         ensemble: Says how a prediction is made, and of how many draws.
@@ -102,9 +106,22 @@ def _pair_quantities(logits: Tensor, votes: Tensor, truth: Tensor, right: Tensor
     row["soft_mi"] = jackknife(soft, lambda tables: mutual_information(tables).mean(-1)).value
     if classes <= MOST_CLASSES:
         triples = torch.einsum("ny,npab->npyab", truth, joints)
-        row |= _estimate("conditional_mi", triples, lambda tables: conditional_mutual_information(tables).mean(-1))
         row |= _estimate("excess", triples, _excess)
+        if len(votes) > 1:
+            row |= _estimate("conditional_mi", triples, lambda tables: conditional_mutual_information(tables).mean(-1))
+        else:
+            row |= _of_single_votes(votes[0].argmax(-1), truth.argmax(-1), chosen)
     return row
+
+
+def _of_single_votes(
+    codes: Int[Tensor, "members images"], labels: Int[Tensor, "images"], chosen: tuple[tuple[int, int], ...]
+) -> dict[str, float]:
+    """Return the conditional MI of votes that were cast once: tables by label are all but empty, and NSB bears that."""
+    found = [conditional(NSB(), codes[i], codes[j], labels) for i, j in chosen]
+    value = sum(one.value for one in found) / len(found)
+    error = sum(one.standard_error for one in found) / len(found)  # as if pairs erred together
+    return _columns("conditional_mi", value, error)
 
 
 def _joints(p: Float[Tensor, "draws members images c"], first: list[int], second: list[int]) -> Tensor:
@@ -136,5 +153,8 @@ def _matrix(votes: Tensor, joints: Tensor, first: list[int], second: list[int]) 
 
 def _estimate(name: str, contributions: Tensor, functional: Callable[[Tensor], Tensor]) -> dict[str, float]:
     found = jackknife(contributions, functional)
-    reach = _NORMAL * found.standard_error
-    return {name: found.value, f"{name}_low": found.value - reach, f"{name}_high": found.value + reach}
+    return _columns(name, found.value, found.standard_error)
+
+
+def _columns(name: str, value: float, error: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": value - _NORMAL * error, f"{name}_high": value + _NORMAL * error}
