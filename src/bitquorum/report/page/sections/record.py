@@ -34,7 +34,7 @@ def examples(page: Page) -> Section:
         short="Examples",
         title="Example images",
         lead="The first images of the test set's order, chosen by nothing: clean, under threat, and their difference, "
-        "magnified around grey. Beside them how often each member votes for which class over fresh draws; ✓ marks the "
+        "magnified around grey. Below them how often each member votes for which class over fresh draws; ✓ marks the "
         "right class.",
         body=page.per_run(_examples),
     )
@@ -116,9 +116,7 @@ def _card(example: Example, factor: int) -> Html:
         element("tr", element("th", str(number), scope="row"), _votes(clean, example), _votes(attacked, example))
         for number, (clean, attacked) in enumerate(zip(example.votes, example.attacked_votes, strict=True), start=1)
     )
-    head = (
-        element("th", name, scope="col", class_="text") for name in ("member", "votes, clean", "votes, under threat")
-    )
+    head = (element("th", name, scope="col", class_="text") for name in ("no.", "votes, clean", "votes, under threat"))
     table = element(
         "table",
         element("caption", f"Right class: {example.label}"),
