@@ -288,6 +288,7 @@ def test_the_batch_size_of_an_evaluation_changes_nothing_but_rounding(copied: Ru
         assert max(row["value"] for row in rows) - min(row["value"] for row in rows) <= limit + 1e-12
 
 
+@pytest.mark.slow  # the trainer's own test of two processes is in the unit suite
 def test_two_processes_train_what_one_does(tmp_path: Path):
     arms = [arm | {"network": {"type": "digitsnet", "width": 4, "norm": "none"}} for arm in TABLE["arms"]]
     chosen = parse(TABLE | {"arms": arms})

@@ -41,10 +41,10 @@ def ladder(model: torch.nn.Module, batch: Batch, name: str = "standard") -> Repo
     return evaluate_model(model, batch.images, batch.labels, epsilon=EPSILON, ladder=chosen)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_ladder_brings_every_exhibit_down_to_its_twin(name: str, batch: Batch, twins: dict[str, float]):
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "crossmax"])  # which needs `standard`: slow
+def test_the_quick_ladder_brings_exhibits_down_to_their_twins(name: str, batch: Batch, twins: dict[str, float]):
     (exhibit,) = exhibits([name])
-    report = ladder(exhibit.defended, batch, "standard" if name == "crossmax" else "quick")
+    report = ladder(exhibit.defended, batch, "quick")
     assert (report.climb.worst_of(5) < report.climb.worst.value) == (name in RANDOM)
     assert report.climb.clean.value > 0.9
     assert 0.2 < twins[name] < 0.5
