@@ -62,6 +62,15 @@ def append_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
         _sync(file)
 
 
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file of JSON lines as a whole.
+
+    Raises:
+        InputError: if a row holds what JSON cannot, such as NaN; nothing is written then.
+    """
+    atomic_write(path, "".join(json_row(row) for row in rows))
+
+
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """Return the rows of a file of JSON lines; a cut last line is dropped, a missing file has no rows.
 

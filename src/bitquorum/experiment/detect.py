@@ -16,10 +16,18 @@ from bitquorum.detect.calibration import has_pairs
 from bitquorum.detect.detection import LEAST_CALIBRATION
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation, observe
-from bitquorum.experiment.ladder import ladders, middle
-from bitquorum.experiment.runs import evaluation_folder, experiment_of, restored, working
-from bitquorum.experiment.threats import Threat, attacks, chosen_evaluation, clean, evaluated_images, ladder_worst
-from bitquorum.files import atomic_write, json_row, load_tensors, read_jsonl, save_tensors
+from bitquorum.experiment.ladder import middle
+from bitquorum.experiment.runs import experiment_of, restored, working
+from bitquorum.experiment.threats import (
+    Threat,
+    attacks,
+    chosen_evaluation,
+    clean,
+    evaluated_images,
+    ladder_worst,
+    pinned,
+)
+from bitquorum.files import atomic_write, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import DataError, Listener
 from bitquorum.registry import digest, encode, to_toml
 from bitquorum.store import Run
@@ -51,9 +59,8 @@ def detect_run(
         BitquorumError: if the run is not evaluated, too few images were left out, data are missing, or a stored file
             is corrupt.
     """
-    experiment, evaluation = experiment_of(stored), chosen_evaluation(stored, detection.evaluation)
-    found = tuple(digest(ladder) for ladder in ladders(stored)) if detection.ladders is None else detection.ladders
-    detection = replace(detection, evaluation=evaluation_folder(stored, evaluation).name, ladders=found)
+    experiment = experiment_of(stored)
+    detection, evaluation = pinned(stored, detection)
     folder = detection_folder(stored, detection)
     if (folder / "metrics.jsonl").exists():
         return detection, read_jsonl(folder / "metrics.jsonl")
@@ -76,7 +83,7 @@ def detect_run(
         arms = [folder / arm.name for arm in experiment.arms]
         for part in reversed(_PARTS):  # metrics last: they say that all is done
             rows = [row for arm in arms for row in read_jsonl(arm / f"{part}.jsonl")]
-            atomic_write(folder / f"{part}.jsonl", "".join(json_row(row) for row in rows))
+            write_jsonl(folder / f"{part}.jsonl", rows)
         for arm in arms:  # held by the whole now
             for part in _PARTS:
                 (arm / f"{part}.jsonl").unlink()
@@ -134,7 +141,7 @@ class _Bench:
         found = detect(self.detection, self.ensemble.aggregation, calibration, before, attacked)
         common = {"arm": self.arm.name, "members": self.arm.precision, "split": "test"}
         for part, rows in zip(_PARTS, found, strict=True):  # curves last: they say that the arm is done
-            atomic_write(self.folder / f"{part}.jsonl", "".join(json_row({**common, **row}) for row in rows))
+            write_jsonl(self.folder / f"{part}.jsonl", [{**common, **row} for row in rows])
 
     def _observed(self, threat: Threat, images: ImageSet, purpose: str) -> Observed:
         path = self.folder / f"{purpose}-{threat.file}"

@@ -16,7 +16,7 @@ from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Step, Verdict, interval, run_checks
 from bitquorum.experiment.runs import experiment_of, restored, working
-from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors
+from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import Cost, DataError, Listener
 from bitquorum.peers import check_peer, second_opinion
 from bitquorum.registry import decode, digest, encode, to_toml
@@ -162,7 +162,7 @@ def _climb_arm(
             found = run_checks(model, examples, ladder, climb, sources=others)
             listener.end()
         rows += [{"arm": folder.name, "epsilon": epsilon, **asdict(verdict)} for verdict in found]
-    atomic_write(folder / "verdicts.jsonl", "".join(json_row(row) for row in rows))
+    write_jsonl(folder / "verdicts.jsonl", rows)
 
 
 def _opinion_files(arms: Sequence[Arm], ladder: Ladder, names: Sequence[str]) -> list[str]:
@@ -245,7 +245,7 @@ def _keep(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str
     """Return the rows of all finished arms, stored where they are not: an arm may have been climbed elsewhere."""
     rows = _collect(folder, experiment, ladder)
     if read_jsonl(folder / "metrics.jsonl") != rows:
-        atomic_write(folder / "metrics.jsonl", "".join(json_row(row) for row in rows))
+        write_jsonl(folder / "metrics.jsonl", rows)
     return rows
 
 

@@ -1,7 +1,6 @@
 """Lay the arms of a stored run into the adversarial information plane, and store what was seen."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,19 +11,18 @@ from bitquorum.config import Arm, Experiment
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation, observe
-from bitquorum.experiment.ladder import ladders
-from bitquorum.experiment.runs import evaluation_folder, experiment_of, restored, working
+from bitquorum.experiment.runs import experiment_of, restored, working
 from bitquorum.experiment.threats import (
     Threat,
     attacks,
-    chosen_evaluation,
     clean,
     evaluated_images,
     everyday,
     ladder_worst,
+    pinned,
     transfers,
 )
-from bitquorum.files import atomic_write, json_row, load_tensors, read_jsonl, save_tensors
+from bitquorum.files import atomic_write, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import Listener
 from bitquorum.plane import Plane, correlation_rows, layer_rows, place
 from bitquorum.registry import digest, encode, to_toml
@@ -56,9 +54,8 @@ def plane_run(
     Raises:
         BitquorumError: if the run is not evaluated, data are missing, or a stored file is corrupt.
     """
-    experiment, evaluation = experiment_of(stored), chosen_evaluation(stored, plane.evaluation)
-    found = tuple(digest(ladder) for ladder in ladders(stored)) if plane.ladders is None else plane.ladders
-    plane = replace(plane, evaluation=evaluation_folder(stored, evaluation).name, ladders=found)
+    experiment = experiment_of(stored)
+    plane, evaluation = pinned(stored, plane)
     folder = plane_folder(stored, plane)
     if (folder / "metrics.jsonl").exists():
         return plane, read_jsonl(folder / "metrics.jsonl")
@@ -84,7 +81,7 @@ def plane_run(
             ]
         correlations = correlation_rows(rows, permutations=plane.permutations, seed=plane.seed)
         for name, found_rows in (("correlations", correlations), ("layers", layers), ("metrics", rows)):
-            atomic_write(folder / f"{name}.jsonl", "".join(json_row(row) for row in found_rows))
+            write_jsonl(folder / f"{name}.jsonl", found_rows)
     return plane, rows
 
 

@@ -21,11 +21,11 @@ from bitquorum.evaluate import CLEAN, Cell, Evaluation, worst
 from bitquorum.files import (
     append_jsonl,
     atomic_write,
-    json_row,
     load_tensors,
     read_jsonl,
     save_tensors,
     truncate_jsonl,
+    write_jsonl,
 )
 from bitquorum.interface import ConfigError, Cost, DataError, InputError, Listener, Method
 from bitquorum.registry import decode, digest, encode, to_toml
@@ -186,7 +186,7 @@ def evaluate_arms(
         )
         listener.end()
         rows += _rows(arm, cells, ensemble)
-    atomic_write(folder / "metrics.jsonl", "".join(json_row(row) for row in rows))
+    write_jsonl(folder / "metrics.jsonl", rows)
     return rows
 
 

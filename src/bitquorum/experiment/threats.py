@@ -3,10 +3,10 @@
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from bitquorum import rng
 from bitquorum.config import Arm, Experiment
 from bitquorum.data import ImageSet, load
 from bitquorum.data.corrupt import corrupt
+from bitquorum.detect import Detection
 from bitquorum.evaluate import Evaluation
 from bitquorum.experiment.ladder import ladder_folder, ladders, read_climb
 from bitquorum.experiment.runs import evaluation_folder, experiment_of, read_cell, results
@@ -25,6 +26,7 @@ from bitquorum.plane import Plane
 from bitquorum.registry import decode, digest, nearest
 from bitquorum.store import Run
 
+P = TypeVar("P", Plane, Detection)
 Axis = Literal["", "epsilon", "severity"]
 
 
@@ -73,6 +75,17 @@ def chosen_evaluation(stored: Run, query: str = "") -> Evaluation:
             f"`bitquorum evaluate {stored.path.name}` first"
         )
     return chosen
+
+
+def pinned(stored: Run, chosen: P) -> tuple[P, Evaluation]:
+    """Return a plane or a detection that names the evaluation and the ladders that it reads, and the evaluation.
+
+    Raises:
+        DataError: as `chosen_evaluation` does.
+    """
+    evaluation = chosen_evaluation(stored, chosen.evaluation)
+    found = tuple(digest(ladder) for ladder in ladders(stored)) if chosen.ladders is None else chosen.ladders
+    return replace(chosen, evaluation=evaluation_folder(stored, evaluation).name, ladders=found), evaluation
 
 
 def evaluated_images(stored: Run, evaluation: Evaluation, data_root: Path | None) -> ImageSet:

@@ -11,7 +11,7 @@ from bitquorum.data import Batch, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena, Examples, Ladder, interval, ladder_named
 from bitquorum.evaluate.anymodel import Report, evaluate_model
-from bitquorum.files import atomic_write, json_row, read_jsonl
+from bitquorum.files import read_jsonl, write_jsonl
 from bitquorum.foreign import Wrapped, wrap
 from bitquorum.interface import ConfigError, DataError, Listener, Method
 from bitquorum.museum.exhibits import EPSILON, NAMES, Exhibit, exhibits
@@ -70,11 +70,11 @@ def visit(
             for exhibit in exhibits(missing):
                 listener.begin(f"exhibit {exhibit.name}", 0)
                 rows = _rows(museum, exhibit, batch, listener)
-                atomic_write(_file(stored, exhibit.name), "".join(json_row(row) for row in rows))
+                write_jsonl(_file(stored, exhibit.name), rows)
                 listener.end()
             stored.write_environment({"work": "museum", "seconds": round(time.monotonic() - started, 1)})
             found = [row for name in museum.exhibits for row in read_jsonl(_file(stored, name))]
-            atomic_write(stored.path / "metrics.jsonl", "".join(json_row(row) for row in found))
+            write_jsonl(stored.path / "metrics.jsonl", found)
     return stored, museum_rows(stored)
 
 
