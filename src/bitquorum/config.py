@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, final
 
-from bitquorum.conversion import Policy
+from bitquorum.conversion import Conversion, Policy
 from bitquorum.ensemble import Aggregation, MeanProbability
 from bitquorum.evaluate import Evaluation
 from bitquorum.interface import ConfigError, InputError, Method
@@ -48,7 +48,8 @@ class Arm(Method):
     Attributes:
         name: Name of its row and folder.
         network: Architecture of every member.
-        members: Precision of each member; a policy without bits leaves it in full precision.
+        members: What is made of each member's network: a `Policy`, or another conversion that its type names; a policy
+            without bits leaves it in full precision.
         shared: Whether all members train one set of full-precision weights.
         aggregation: How a prediction is made.
         passes: Draws that one prediction averages over.
@@ -58,7 +59,7 @@ class Arm(Method):
 
     name: str
     network: Network = field(default_factory=DigitsNet)
-    members: tuple[Policy, ...] = (Policy(weight_bits=None, activation_bits=None),)
+    members: tuple[Policy | Conversion, ...] = (Policy(weight_bits=None, activation_bits=None),)
     shared: bool = False
     aggregation: Aggregation = field(default_factory=MeanProbability)
     passes: int = 1

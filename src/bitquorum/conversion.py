@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,20 @@ from torch import Tensor, nn
 from bitquorum.interface import InputError, Method, NoEffectWarning
 from bitquorum.layers import WEIGHTED, QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Grid, Law, Logistic, Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(Method, ABC):
+    """Make the network that is deployed out of a float one: quantized, noisy, or both."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Return the precision in short, for tables."""
+
+    @abstractmethod
+    def __call__(self, network: nn.Module) -> nn.Module:
+        """Return a converted copy of `network`."""
 
 
 @final
@@ -35,7 +50,7 @@ class Override(Method):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Policy(Method):
+class Policy(Conversion):
     """Say which parts of a network are quantized, and how.
 
     Attributes:
@@ -61,8 +76,8 @@ class Policy(Method):
     overrides: tuple[Override, ...] = ()
 
     def __call__(self, network: nn.Module) -> nn.Module:
-        """Return a quantized copy of `network`: the same as `convert(network, self)`."""
-        return convert(network, self)
+        """Return a quantized copy of `network`, the same as `convert(network, self)`; a plain copy for a float policy."""
+        return copy.deepcopy(network) if self.is_float else convert(network, self)
 
     @property
     def is_float(self) -> bool:
@@ -195,10 +210,10 @@ def restore(network: nn.Module) -> nn.Module:
 
 
 def set_addresses(root: nn.Module) -> None:
-    """Give every quantizer below `root` its qualified name as the address of its noise."""
+    """Give every module below `root` that draws noise, those with an `address`, its qualified name as that."""
     for name, module in root.named_modules():
-        if isinstance(module, Quantizer):
-            module.address = name
+        if hasattr(module, "address"):
+            module.address = name  # type: ignore[assignment]
 
 
 def quantizers(network: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.conversion import Policy, convert, is_stochastic, set_addresses
+from bitquorum.conversion import Conversion, is_stochastic, set_addresses
 from bitquorum.interface import InputError, Method
 from bitquorum.layers import WEIGHTED, QuantLayer
 
@@ -121,6 +121,7 @@ class Ensemble(nn.Module):
         InputError: if there is no member, or `passes` is below one.
 
     Examples:
+        >>> from bitquorum.conversion import Policy
         >>> float_network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> ensemble = Ensemble.build([float_network] * 2, [Policy(weight_bits=2), None])
         >>> with rng.draw([1, 2, 3]):
@@ -145,24 +146,24 @@ class Ensemble(nn.Module):
     def build(
         cls,
         networks: Sequence[nn.Module],
-        policies: Sequence[Policy | None],
+        policies: Sequence[Conversion | None],
         *,
         shared: bool = False,
         aggregation: Aggregation | None = None,
         passes: int = 1,
     ) -> "Ensemble":
-        """Quantize one network per policy and make them an ensemble.
+        """Convert one network per policy and make them an ensemble.
 
         Args:
             networks: Float networks, one per policy.
-            policies: One per member; `None` for a full-precision member.
+            policies: One per member, a `Policy` or another conversion; `None` for a full-precision member.
             shared: Whether all members train one set of full-precision weights, that of the first network. Ranges,
                 steps and normalization layers stay apart (the patent's variant, US 2024/0062042 A1).
             aggregation: How a prediction is made.
             passes: Number of draws that one prediction averages over.
         """
         members = [
-            copy.deepcopy(network) if policy is None else convert(network, policy)
+            copy.deepcopy(network) if policy is None else policy(network)
             for network, policy in zip(networks, policies, strict=True)
         ]
         if shared:

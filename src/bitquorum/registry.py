@@ -274,7 +274,7 @@ def _union(value: Any, options: tuple[Any, ...], path: str, side: _Side) -> Any:
             return None
     fitting = sorted((o for o in options if _is_plausible(value, o)), key=lambda o: o is not type(value))
     if isinstance(value, Mapping) and len(fitting) > 1:
-        named = [o for o in fitting if _is_method(o) and value.get("type") in registered(o)]
+        named = [o for o in fitting if _is_method(o) and _is_named(value, o)]
         fitting = named or fitting
     if len(fitting) == 1:
         return _convert(value, fitting[0], path, side)
@@ -284,6 +284,11 @@ def _union(value: Any, options: tuple[Any, ...], path: str, side: _Side) -> Any:
         except ConfigError:
             continue
     raise refusal(path, " or ".join(map(_describe, options)), value, "give one of these")
+
+
+def _is_named(table: Mapping[str, Any], family: type[Method]) -> bool:
+    """Return whether a table is one for a family: by its type, or without one where the family needs none."""
+    return table["type"] in list(registered(family)) if "type" in table else not _is_abstract(family)
 
 
 def _is_plausible(value: Any, hint: Any) -> bool:

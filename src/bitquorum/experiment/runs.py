@@ -213,8 +213,7 @@ def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
                     std=std or (1.0,) * channels,
                 )
             )
-    policies = [None if policy.is_float else policy for policy in arm.members]
-    return Ensemble.build(networks, policies, shared=arm.shared, aggregation=arm.aggregation, passes=arm.passes)
+    return Ensemble.build(networks, arm.members, shared=arm.shared, aggregation=arm.aggregation, passes=arm.passes)
 
 
 def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored: Run) -> Ensemble:
