@@ -316,7 +316,7 @@ def test_doctor_says_what_is_here(tmp_path: Path):
     ("arguments", "message"),
     [
         (["run", "digit"], r"expected a preset .* got 'digit'; did you mean 'digits'\?"),
-        (["run", "none.toml"], r"expected an experiment file at none\.toml, got none"),
+        (["run", "none.toml"], r"expected a TOML file at none\.toml, got none"),
         (["run", "digits", "trainer.epoch=1"], r"trainer\.epoch: expected a key .*did you mean 'epochs'\?"),
         (["run", "digits", "trainer.epochs=few"], r"trainer\.epochs: expected an integer, got 'few'"),
         (["run", "digits", "3"], r"expected an assignment, got '3'"),

@@ -30,8 +30,8 @@ def test_every_preset_comes_back_from_its_own_text(name: str):
     assert digest(again) == digest(experiment)
 
 
-@pytest.mark.parametrize("name", presets())
-def test_every_preset_compares_arms_that_differ(name: str):
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith("empir-")])
+def test_every_preset_of_ours_compares_arms_that_differ(name: str):
     arms = read(name).arms
     assert len({arm.name for arm in arms}) == len(arms) >= 4
     assert len({digest(arm) for arm in arms}) == len(arms)
@@ -124,9 +124,9 @@ def test_what_is_not_understood_is_refused_with_its_place(override: str, message
 def test_unknown_presets_and_bad_files_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"expected a preset or a path that ends in \.toml, got 'digit'.*'digits'"):
         read("digit")
-    with pytest.raises(ConfigError, match=r"expected an experiment file at .*, got none; check the path"):
+    with pytest.raises(ConfigError, match=r"expected a TOML file at .*, got none; check the path"):
         read(str(tmp_path / "none.toml"))
-    with pytest.raises(ConfigError, match="expected an experiment file at"):
+    with pytest.raises(ConfigError, match="expected a TOML file at"):
         read(f"{tmp_path}/")
     path = tmp_path / "bad.toml"
     path.write_text("seed = 1\nname = ]\n")

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, final
 
+from bitquorum import dorefa, randomized  # noqa: F401  # so that files can name their types
 from bitquorum.conversion import Conversion, Policy
 from bitquorum.ensemble import Aggregation, MeanProbability
 from bitquorum.evaluate import Evaluation
@@ -112,9 +113,9 @@ class Experiment(Method):
             raise InputError(f"expected at least one arm and different names, got {names}")
 
 
-def presets() -> dict[str, str]:
-    """Return the text of every preset by name."""
-    folder = resources.files("bitquorum") / "presets"
+def presets(kind: str = "preset") -> dict[str, str]:
+    """Return the text of every preset by name, or of every suite."""
+    folder = resources.files("bitquorum") / f"{kind}s"
     return {
         file.name.removesuffix(".toml"): file.read_text(encoding="utf-8")
         for file in sorted(folder.iterdir(), key=lambda file: file.name)
@@ -132,23 +133,31 @@ def read(source: str, overrides: Sequence[str] = ()) -> Experiment:
         >>> read("digits", ["trainer.epochs=3"]).trainer.epochs
         3
     """
+    return parse(table_of(source), overrides)
+
+
+def table_of(source: str, kind: str = "preset") -> dict[str, Any]:
+    """Return the table of a preset's name or a TOML file's path.
+
+    Raises:
+        ConfigError: if there is no such preset or file, or the file is no TOML.
+    """
     if source.endswith(".toml") or "/" in source:
         path = Path(source)
         if not path.is_file():
-            raise ConfigError(f"expected an experiment file at {path}, got none; check the path")
+            raise ConfigError(f"expected a TOML file at {path}, got none; check the path")
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
-        known = presets()
+        known = presets(kind)
         if source not in known:
             raise ConfigError(
-                f"expected a preset or a path that ends in .toml, got {source!r}; {nearest(source, known)}"
+                f"expected a {kind} or a path that ends in .toml, got {source!r}; {nearest(source, known)}"
             )
         text = known[source]
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"expected TOML in {source}, got: {error}; mend that place") from error
-    return parse(table, overrides)
 
 
 def parse(table: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:

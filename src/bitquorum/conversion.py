@@ -3,7 +3,7 @@
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitquorum.interface import InputError, Method, NoEffectWarning
-from bitquorum.layers import WEIGHTED, QuantActivation, QuantImage, QuantLayer
+from bitquorum.layers import WEIGHTED, Noise, QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Grid, Law, Logistic, Quantizer
 
 
@@ -76,7 +76,7 @@ class Policy(Conversion):
     overrides: tuple[Override, ...] = ()
 
     def __call__(self, network: nn.Module) -> nn.Module:
-        """Return a quantized copy of `network`, the same as `convert(network, self)`; a plain copy for a float policy."""
+        """Return a quantized copy of `network`, as `convert(network, self)` does; a plain copy for a float policy."""
         return copy.deepcopy(network) if self.is_float else convert(network, self)
 
     @property
@@ -153,33 +153,64 @@ def convert(network: nn.Module, policy: Policy) -> nn.Module:
         >>> [type(module).__name__ for module in quantized]
         ['QuantLayer', 'QuantActivation', 'QuantLayer']
     """
+    bits = _Bits(network, policy)
+    image = None if policy.image_bits is None else Quantizer(policy.image_bits, law=policy.image_law)
+    found = rebuild(
+        network, lambda name, module: _quantized(module, name, bits, policy), conversion=policy, image=image
+    )
+    bits.check_all_used()
+    return found
+
+
+def rebuild(
+    network: nn.Module,
+    replace: Callable[[str, nn.Module], nn.Module | None],
+    *,
+    conversion: Conversion,
+    image: Quantizer | None = None,
+) -> nn.Module:
+    """Return a copy of a float network with other modules in the place of some, in their mode and with addresses.
+
+    Args:
+        network: A float network; it is not changed.
+        replace: Returns what takes the place of a module of the copy, given its qualified name, or `None`.
+        conversion: Named in the warning.
+        image: Quantizer of the image, if any.
+
+    Raises:
+        InputError: if the network is quantized or noisy already.
+
+    Warns:
+        NoEffectWarning: if nothing was replaced and the image is left alone.
+    """
     if any(isinstance(module, Quantizer) for module in network.modules()):
         raise InputError("expected a float network, got one that is quantized already; use `restore` first")
-    network = copy.deepcopy(network)
-    bits = _Bits(network, policy)
+    if any(isinstance(module, Noise) for module in network.modules()):
+        raise InputError("expected a float network, got one with noise; convert the network that it was made of")
+    place, network = _place(network), copy.deepcopy(network)
     replaced: dict[int, nn.Module] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
-        new = replaced.get(id(module)) or _quantized(module, name, bits, policy)
+        new = replaced.get(id(module)) or replace(name, module)
         if new is None:
             continue
-        replaced[id(module)] = new
+        replaced[id(module)] = new.train(module.training)
         if not name:
             network = new
             break
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, new)
-    bits.check_all_used()
-    if policy.image_bits is not None:
-        network = QuantImage(Quantizer(policy.image_bits, law=policy.image_law), network)
+    if image is not None:
+        network = QuantImage(image, network)
     elif not replaced:
         warnings.warn(
-            f"convert changed nothing: no layer of the network falls under {policy!r}; it knows "
+            f"the conversion changed nothing: no part of the network falls under {conversion!r}; types known are "
             + ", ".join(cls.__name__ for cls in (*WEIGHTED, *ACTIVATIONS)),
             NoEffectWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    for _, quantizer in quantizers(network):
-        quantizer.to(*bits.place)
+    for module in network.modules():
+        if isinstance(module, Quantizer | Noise):
+            module.to(*place)
     set_addresses(network)
     return network
 
@@ -231,12 +262,44 @@ def is_stochastic(network: nn.Module) -> bool:
     return any(getattr(module, "stochastic", False) for module in network.modules())
 
 
+def alternatives(network: nn.Module) -> list[nn.Module]:
+    """Return the networks of which each draw runs one: a module's own `alternatives`, else the network alone."""
+    return list(getattr(network, "alternatives", [network]))
+
+
+def share_weights(members: Sequence[nn.Module]) -> None:
+    """Make every member use the weights and biases of the first; normalization and ranges stay its own.
+
+    The ranges of the weights are fitted to the weights that are now shared.
+
+    Raises:
+        InputError: if the members' weighted layers differ in number or shape.
+    """
+    layers = [
+        [module for module in member.modules() if isinstance(module, WEIGHTED) and type(module) in WEIGHTED]
+        for member in members
+    ]
+    for other in layers[1:]:
+        shapes = [[tuple(layer.weight.shape) for layer in group] for group in (layers[0], other)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"expected members of one architecture to share weights, got shapes {shapes[0]} and {shapes[1]}"
+            )
+        for source, target in zip(layers[0], other, strict=True):
+            for name in ("weight", "bias"):
+                setattr(target, name, getattr(source, name))
+    for member in members[1:]:
+        for module in member.modules():
+            if isinstance(module, QuantLayer):
+                module.fit_range()
+
+
 @torch.no_grad()
 def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None:
     """Set the range of every activation quantizer from one pass over `images`, in order of execution.
 
     Each quantizer's range gets the least squared rounding error on what reaches it, behind the layers already
-    set. The image's own range stays [0, 1].
+    set. The image's own range stays [0, 1]. Where draws run one of several `alternatives`, each gets a pass.
     """
 
     def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -252,7 +315,8 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
     ]
     try:
         with _batch_statistics(network):
-            network(images)
+            for alternative in alternatives(network):
+                alternative(images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -275,12 +339,16 @@ def _batch_statistics(network: nn.Module) -> Iterator[None]:
                 buffer.copy_(state[name])
 
 
+def _place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return where the quantizers and noise of a network belong."""
+    reference = next(network.parameters(), torch.empty(0))
+    return reference.device, torch.promote_types(reference.dtype, torch.float32)
+
+
 class _Bits:
-    """Resolve the bits of each named part of a network under a policy, and where its quantizers belong."""
+    """Resolve the bits of each named part of a network under a policy."""
 
     def __init__(self, network: nn.Module, policy: Policy) -> None:
-        reference = next(network.parameters(), torch.empty(0))
-        self.place = reference.device, torch.promote_types(reference.dtype, torch.float32)
         weighted = [name for name, module in network.named_modules() if type(module) in WEIGHTED]
         self.ends = {"first": weighted[:1], "last": weighted[-1:]}
         self.policy = policy

@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.conversion import Conversion, is_stochastic, set_addresses
+from bitquorum.conversion import Conversion, alternatives, is_stochastic, set_addresses, share_weights
 from bitquorum.interface import InputError, Method
-from bitquorum.layers import WEIGHTED, QuantLayer
+from bitquorum.layers import QuantLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +184,15 @@ class Ensemble(nn.Module):
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
-        seen: list[Tensor] = []
-        with _record_inputs([classifier(member) for member in self.members], seen):
+        seen: list[list[Tensor]] = [[] for _ in self.members]
+        with ExitStack() as stack:
+            for member, into in zip(self.members, seen, strict=True):
+                heads = [classifier(network) for network in alternatives(member)]
+                stack.enter_context(_record_inputs(heads, into))
             logits = self(images)
         rows = logits.shape[0] * logits.shape[2]
-        features = tuple(z if len(z) == rows else z.repeat(len(logits), *[1] * (z.dim() - 1)) for z in seen)
+        parts = [into[0] if len(into) == 1 else torch.cat(into) for into in seen]  # one for each pass of a draw
+        features = tuple(z if len(z) == rows else z.repeat(len(logits), *[1] * (z.dim() - 1)) for z in parts)
         return Outputs(logits=logits, features=features)
 
     @property
@@ -205,33 +209,6 @@ class Ensemble(nn.Module):
     def _draws() -> int:
         ambient = rng.current()
         return len(ambient.seeds) if ambient else 1
-
-
-def share_weights(members: Sequence[nn.Module]) -> None:
-    """Make every member use the weights and biases of the first; normalization and ranges stay its own.
-
-    The ranges of the weights are fitted to the weights that are now shared.
-
-    Raises:
-        InputError: if the members' weighted layers differ in number or shape.
-    """
-    layers = [
-        [module for module in member.modules() if isinstance(module, WEIGHTED) and type(module) in WEIGHTED]
-        for member in members
-    ]
-    for other in layers[1:]:
-        shapes = [[tuple(layer.weight.shape) for layer in group] for group in (layers[0], other)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"expected members of one architecture to share weights, got shapes {shapes[0]} and {shapes[1]}"
-            )
-        for source, target in zip(layers[0], other, strict=True):
-            for name in ("weight", "bias"):
-                setattr(target, name, getattr(source, name))
-    for member in members[1:]:
-        for module in member.modules():
-            if isinstance(module, QuantLayer):
-                module.quantizer.fit_range(module.layer.weight)
 
 
 def classifier(member: nn.Module) -> nn.Module:

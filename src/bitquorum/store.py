@@ -24,7 +24,7 @@ from bitquorum.files import atomic_write, json_row
 from bitquorum.interface import DataError, InputError
 from bitquorum.registry import digest, nearest, to_toml
 
-_PUBLISHED = (".toml", ".json", ".jsonl")
+_PUBLISHED = (".toml", ".json", ".jsonl", ".md", ".csv", ".html")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -122,7 +122,7 @@ class Run:
             raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
 
     def publish(self, target: Path | str) -> None:
-        """Copy config, environment, training rows and metrics to a folder: no weights, no per-image outcomes.
+        """Copy config, environment, rows and tables to a folder: no weights, no images.
 
         What an earlier run left there is removed.
 

@@ -3,6 +3,7 @@
 from bitquorum.attacks.apgd import APGD, APGDTargeted
 from bitquorum.attacks.base import Attack, AttackResult, Criterion, Kind, Loss, Pooling, Problem, pooled_loss
 from bitquorum.attacks.blackbox import NES, SPSA, RandomNoise, Square
+from bitquorum.attacks.empir import EmpirAttack
 from bitquorum.attacks.ensembles import ARC, MORA
 from bitquorum.attacks.fab import FAB
 from bitquorum.attacks.gradient import FGSM, PGD
@@ -22,6 +23,7 @@ __all__ = [
     "Attack",
     "AttackResult",
     "Criterion",
+    "EmpirAttack",
     "Kind",
     "Loss",
     "Pooling",

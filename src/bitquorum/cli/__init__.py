@@ -4,6 +4,7 @@
 |---|---|
 | `experiments` | `run`, `train`, `show`, `list`, `publish` |
 | `attacks` | `evaluate`, `museum` |
+| `bench` | `bench` |
 | `insight` | `plane`, `detect`, `report` |
 | `machine` | `doctor`, `data list`, `data get` |
 """
@@ -13,7 +14,7 @@ import warnings
 
 from rich.markup import escape
 
-from bitquorum.cli import attacks, experiments, insight, machine  # noqa: F401  # they register their commands
+from bitquorum.cli import attacks, bench, experiments, insight, machine  # noqa: F401  # they register their commands
 from bitquorum.cli.printing import print_warning
 from bitquorum.cli.shared import app, err
 

@@ -75,9 +75,10 @@ def show(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Print the stored table of a run, without computing anything."""
+    from bitquorum.bench import is_bench, stored_suite, summary
     from bitquorum.experiment import ladder_rows, ladders, results
     from bitquorum.museum import is_museum, museum_rows
-    from bitquorum.report import bracket, comparison, museum_table, peer_table
+    from bitquorum.report import bench_table, bench_tables, bracket, comparison, museum_table, peer_table
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
@@ -87,12 +88,15 @@ def show(
     if is_museum(stored):
         found = (museum_table(rows), peer_table(rows)) if (rows := museum_rows(stored)) else ()
         tables = [table for table in found if table]
+    elif is_bench(stored):
+        rows, reference = summary(stored), stored_suite(stored).reference
+        tables = [bench_table(rows, reference)] if markdown else list(bench_tables(rows, reference))
     else:
         tables = [comparison(rows)] if (rows := results(stored)) else []
         tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
     if markdown and tables:
         print("\n\n".join(table.markdown() for table in tables))
-    elif is_museum(stored):
+    elif is_museum(stored) or is_bench(stored):
         for table in tables:
             print_table(table)
         out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
@@ -104,14 +108,17 @@ def show(
 def list_(
     runs: Root = RUNS,
     presets: Annotated[bool, typer.Option("--presets", help="List the presets instead of the runs.")] = False,
+    suites: Annotated[bool, typer.Option("--suites", help="List the suites of `bitquorum bench` instead.")] = False,
 ) -> None:
-    """List the stored runs, or the presets."""
-    if presets:
+    """List the stored runs, the presets or the suites."""
+    if presets or suites:
         from bitquorum.config import presets as known
 
-        purposes = [(name, text.splitlines()[0].lstrip("# ")) for name, text in known().items()]
-        print_rows(("preset", "what it is"), purposes)
+        kind = "suite" if suites else "preset"
+        purposes = [(name, text.splitlines()[0].lstrip("# ")) for name, text in known(kind).items()]
+        print_rows((kind, "what it is"), purposes)
         return
+    from bitquorum.bench import is_bench, stored_suite, summary
     from bitquorum.experiment import experiment_of, progress_of
     from bitquorum.interface import BitquorumError
     from bitquorum.museum import is_museum
@@ -125,6 +132,11 @@ def list_(
     for item in stored:
         if is_museum(item):
             rows.append((item.path.name, "digits", str(item.config()["seed"]), "the museum"))
+            continue
+        if is_bench(item):
+            suite = stored_suite(item)
+            state = f"a suite, {len(summary(item))} of {len(suite.baselines)} rows"
+            rows.append((item.path.name, suite.data.name, " ".join(map(str, suite.seeds)), state))
             continue
         try:
             experiment = experiment_of(item)
@@ -142,7 +154,7 @@ def publish(
     target: Annotated[Path, typer.Argument(help="Folder to write, such as results/digits.")],
     runs: Root = RUNS,
 ) -> None:
-    """Copy a run's config, metrics and environment, without weights or per-image outcomes, to a folder."""
+    """Copy the config, metrics and environment of a run, without weights or images, to a folder."""
     from bitquorum.store import Run
 
     Run.find(runs, query).publish(target)

@@ -52,14 +52,17 @@ def print_table(table: "Table") -> None:
     """Print a table with its note; a line parts rows that differ in the first column."""
     rows = [tuple(cell.replace(", ", ",\u00a0") for cell in row) for row in table.rows]  # an interval stays whole
     print_rows(table.header, rows, group=0)
-    out.print(escape(table.note), style="dim")
+    if table.note:
+        out.print(escape(table.note), style="dim")
 
 
 def print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None) -> None:
     """Print a table; with `group`, a line parts rows that differ in that column."""
     table = RichTable()
     for name in header:
-        table.add_column(escape(name), overflow="fold", no_wrap=name in ("attack", "exhibit", "threat", "arm"))
+        table.add_column(
+            escape(name), overflow="fold", no_wrap=name in ("attack", "exhibit", "threat", "arm", "defence")
+        )
     previous = None
     for row in rows:
         if group is not None and previous is not None and row[group] != previous:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitquorum.interface import InputError
@@ -62,7 +62,9 @@ def worst_of(correct: Bool[Tensor, "draws images"], tries: int) -> float:
     return float(chance.mean())
 
 
-def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> Accuracy:
+def interval(
+    correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images"], *, z: float = 1.959964
+) -> Accuracy:
     r"""Return the mean with a 95 % interval over images and draws.
 
     The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$,
@@ -73,7 +75,7 @@ def interval(correct: Bool[Tensor, "draws images"], *, z: float = 1.959964) -> A
     prediction more never lowers the upper bound below that of none: images unlike those seen may exist all the same.
 
     Args:
-        correct: Whether each prediction of each image was right.
+        correct: Whether each prediction of each image was right; or how often, with seeds of training for draws.
         z: Normal quantile; the default leaves 2.5 % on either side.
 
     Examples:

@@ -23,6 +23,7 @@ from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
 from bitquorum.evaluate.sequential import SequentialTest, Tally
 from bitquorum.geometry import Norm, norm_of
 from bitquorum.interface import Cost, InputError, Method, Model
+from bitquorum.layers import Noise
 from bitquorum.quantizers import Quantizer, Surrogate
 from bitquorum.quantizers.twin import Twin
 
@@ -170,7 +171,7 @@ class Ladder(Method):
         """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
 
         A model without noise needs one draw a step, and attacks by queries take their draws as queries; one without our
-        quantizers no choice of their backward pass and no copy without their noise, one with a single member and no
+        quantizers no choice of their backward pass and at most one copy without noise, one with a single member and no
         noise no choice of pooling. What is equal then is climbed once. A rung whose source is `*` stands for one rung
         for each of `sources`.
         """
@@ -179,7 +180,8 @@ class Ladder(Method):
             if self.norm not in attack.norms:
                 continue
             for rung in _with_sources(attack, sources):
-                if getattr(rung, "source", None) in get_args(Twin) and not is_quantized(model):
+                source = getattr(rung, "source", None)
+                if source in get_args(Twin) and source not in twins_of(model):
                     continue
                 fitted = _fit(rung, model)
                 chosen.setdefault(fitted.label, fitted)
@@ -438,8 +440,18 @@ def _price(attack: Attack, norm: Norm, members: int) -> Cost:
 
 
 def is_quantized(model: Model) -> bool:
-    """Return whether a model has quantizers of ours."""
-    return isinstance(model, torch.nn.Module) and any(isinstance(module, Quantizer) for module in model.modules())
+    """Return whether a model has quantizers of ours that round: not those that only hold the range of a noise."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    held = {id(inner) for module in modules if isinstance(module, Noise) for inner in module.modules()}
+    return any(isinstance(module, Quantizer) and id(module) not in held for module in modules)
+
+
+def twins_of(model: Model) -> tuple[Twin, ...]:
+    """Return the copies without noise that differ: all of a model that rounds, one of a model with other noise."""
+    if is_quantized(model):
+        return get_args(Twin)
+    noisy = isinstance(model, torch.nn.Module) and any(isinstance(module, Noise) for module in model.modules())
+    return ("mean",) if noisy else ()
 
 
 def _with_sources(attack: Attack, sources: Collection[str]) -> list[Attack]:

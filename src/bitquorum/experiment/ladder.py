@@ -65,11 +65,11 @@ def climb_run(
         test = ladder.choose(load(experiment.data.name, "test", root=data_root))
         found = restored(experiment, stored, device=device, data_root=data_root)
         ensembles = {arm.name: ensemble for arm, ensemble in found}
-        examples = _examples(test, device)
+        examples = examples_of(test, device)
         for arm in chosen:
             others = {name: ensemble for name, ensemble in ensembles.items() if name != arm.name}
             if not (folder / arm.name / "verdicts.jsonl").exists():
-                _climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
+                climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
             for name in also:
                 _ask(folder / arm.name, ladder, ensembles[arm.name], examples, name, listener)
         return _keep(folder, experiment, ladder)
@@ -115,12 +115,13 @@ def _choose(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
     return [known[name] for name in names] if names else list(experiment.arms)
 
 
-def _examples(test: ImageSet, device: str) -> Examples:
+def examples_of(test: ImageSet, device: str) -> Examples:
+    """Return all images of a set as the ladder takes them."""
     batch = test.batch(torch.arange(len(test)), device=device)
     return Examples(images=batch.images, labels=batch.labels, index=batch.examples)
 
 
-def _climb_arm(
+def climb_arm(
     folder: Path,
     ladder: Ladder,
     model: Ensemble,
@@ -128,6 +129,16 @@ def _climb_arm(
     examples: Examples,
     listener: Listener,
 ) -> None:
+    """Climb with one ensemble at every epsilon and store the climbs, then the verdicts, which say that all is done.
+
+    Args:
+        folder: Of the climb; its name is that of the ensemble.
+        ladder: What to climb.
+        model: In evaluation mode.
+        others: Sources of transfer attacks by name.
+        examples: Test images.
+        listener: Hears of progress.
+    """
     found: list[Verdict] = []
     rows: list[dict[str, Any]] = []
     for epsilon in ladder.epsilons:
@@ -256,16 +267,17 @@ def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[
         if not (folder / arm.name / "verdicts.jsonl").exists():
             continue
         for path in sorted((folder / arm.name).glob("climb@*.safetensors")):
-            climb, _ = read_climb(path)
-            common = {"arm": arm.name, "members": arm.precision, "split": "test"}
-            rows += _rows(common, climb, ladder)
+            rows += climb_rows(arm, read_climb(path)[0], ladder)
         for path in sorted((folder / arm.name).glob("*.json")):
             row = {key: value for key, value in read_jsonl(path)[0].items() if key != "seconds"}
             rows.append({"arm": arm.name, "members": arm.precision, "split": "test", "name": "second opinion", **row})
     return rows
 
 
-def _rows(common: dict[str, Any], climb: Climb, ladder: Ladder) -> list[dict[str, Any]]:
+def climb_rows(arm: Arm, climb: Climb, ladder: Ladder) -> list[dict[str, Any]]:
+    """Return what a climb shows: the bracket of clean, claim and worst case, then each rung."""
+    common = {"arm": arm.name, "members": arm.precision, "split": "test"}
+
     def row(attack: str, epsilon: float, accuracy: Accuracy, **more: Any) -> dict[str, Any]:
         return {**common, "attack": attack, "epsilon": epsilon, **asdict(accuracy), **more}
 

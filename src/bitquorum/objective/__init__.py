@@ -1,12 +1,18 @@
 """The training loss: a sum of named terms, each logged apart."""
 
+from bitquorum.objective.distill import DVERGE
 from bitquorum.objective.diversity import ConditionalMI, FeatureMI, OutputMI
 from bitquorum.objective.likelihood import EnsembleCrossEntropy, MemberCrossEntropy
+from bitquorum.objective.peers import ADP, GAL, TRS, Orthogonality
 from bitquorum.objective.robustness import Adversarial, InputGradient, Trades
 from bitquorum.objective.sum import Objective
 from bitquorum.objective.term import Reduce, Step, Term
 
 __all__ = [
+    "ADP",
+    "DVERGE",
+    "GAL",
+    "TRS",
     "Adversarial",
     "ConditionalMI",
     "EnsembleCrossEntropy",
@@ -14,6 +20,7 @@ __all__ = [
     "InputGradient",
     "MemberCrossEntropy",
     "Objective",
+    "Orthogonality",
     "OutputMI",
     "Reduce",
     "Step",

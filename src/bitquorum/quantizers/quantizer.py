@@ -40,7 +40,9 @@ class Quantizer(nn.Module):
         low: Lowest level of a two-sided grid, in units of the input.
         high: Highest level, in units of the input.
         law: Noise law, in steps.
-        learned: Whether the range is a parameter.
+        learned: Whether the range is a parameter. `pact`, for a one-sided grid with one range, gives it the gradient of
+            PACT instead: that of `high` is 1 where x >= `high` and 0 below, unscaled, whatever the rounding (Choi et
+            al., 2018, https://arxiv.org/abs/1805.06085, equation 3).
         channels: Number of channels with a range each; `None` for one range per tensor.
         axis: Dimension of the channels.
         backward: Gradient; `None` takes `mean` for a law with noise and `straight-through` for the deterministic one.
@@ -73,7 +75,7 @@ class Quantizer(nn.Module):
         low: float = 0.0,
         high: float = 1.0,
         law: Law | None = None,
-        learned: bool = False,
+        learned: bool | Literal["pact"] = False,
         channels: int | None = None,
         axis: int = 1,
         backward: Backward | None = None,
@@ -82,17 +84,23 @@ class Quantizer(nn.Module):
         super().__init__()
         self.law: Law = Logistic() if law is None else law
         _check(bits, grid, low, high, channels, self.law, backward)
+        self.pact = isinstance(learned, str)
+        if self.pact and (learned, grid, channels) != ("pact", "one-sided", None):
+            raise InputError(
+                "expected learned to be true, false, or pact with a one-sided grid and one range, got "
+                f"{learned!r} with grid={grid!r}, channels={channels}"
+            )
         self.bits, self.top, self.grid, self.axis = bits, 2**bits - 1, grid, axis
         default: Backward = "mean" if self.law.stochastic else "straight-through"
         self.surrogate = Surrogate(backward=backward or default)
         self.temperature = temperature
         self.address = ""
-        self.learned = learned
+        self.learned = bool(learned)
         shape = () if channels is None else (channels,)
         width = 2 * high if grid == "symmetric" else high - (low if grid == "two-sided" else 0.0)
-        self._store("log_step", torch.full(shape, math.log(width / self.top)), parameter=learned)
+        self._store("log_step", torch.full(shape, math.log(width / self.top)), parameter=self.learned)
         if grid == "two-sided":
-            self._store("low", torch.full(shape, float(low)), parameter=learned)
+            self._store("low", torch.full(shape, float(low)), parameter=self.learned)
         # A fixed range keeps the exact step beside its logarithm, so that 1/255 means 1/255.
         if not learned:
             self.register_buffer("fixed_step", torch.full(shape, width / self.top))
@@ -110,11 +118,24 @@ class Quantizer(nn.Module):
         """
         z, low, step = self._steps(x)
         if kind := twin.ambient():
-            return self._decode(self._without_noise(z, kind), low, step).to(x.dtype)
-        code = self._draw(z.detach(), noise)
-        if torch.is_grad_enabled() and (z.requires_grad or self._scale_is_learned):
-            code = self._attach_gradient(code, z)
-        return self._decode(code, low, step).to(x.dtype)
+            code = self._without_noise(z, kind)
+        else:
+            code = self._draw(z.detach(), noise)
+            if torch.is_grad_enabled() and (z.requires_grad or self._scale_is_learned):
+                code = self._attach_gradient(code, z)
+        value = self._decode(code, low, step)
+        if self.pact:
+            high = self.log_step.exp() * self.top
+            value = value + (high - high.detach()) * (z >= self.top)
+        return value.to(x.dtype)
+
+    def clipped(self, x: Float[Tensor, "*shape"]) -> tuple[Float[Tensor, "*shape"], Tensor]:
+        """Return `x` clipped to the range but not rounded, and the step, which broadcasts against it.
+
+        Both have the gradients that a learned range has in rounding.
+        """
+        z, low, step = self._steps(x)
+        return self._decode(z.clamp(0, self.top), low, step).to(x.dtype), step
 
     def codes(
         self, x: Float[Tensor, "*shape"], *, noise: Float[Tensor, "*shape"] | None = None
@@ -229,7 +250,9 @@ class Quantizer(nn.Module):
     def _range(self, x: Tensor) -> tuple[Tensor | float, Tensor]:
         """Return the lowest level and the step, shaped to broadcast against `x`."""
         low, step = self._base()
-        if self.learned and torch.is_grad_enabled():
+        if self.pact:
+            step = step.detach()
+        elif self.learned and torch.is_grad_enabled():
             groups = max(1, self.log_step.numel())
             factor = 1 / math.sqrt(max(1, x.numel() // groups) * self.top)
             step = _ScaleGradient.apply(step, factor)

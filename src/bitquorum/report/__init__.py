@@ -1,5 +1,6 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
+from bitquorum.report.bench import bench_csv, bench_table, bench_tables, write_bench
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
 from bitquorum.report.museum import museum_table, peer_table
@@ -9,6 +10,9 @@ from bitquorum.report.tables import Table, comparison, environments, epsilon_lab
 
 __all__ = [
     "Table",
+    "bench_csv",
+    "bench_table",
+    "bench_tables",
     "bracket",
     "comparison",
     "correlation_table",
@@ -23,6 +27,7 @@ __all__ = [
     "rejection_table",
     "rejections",
     "rungs",
+    "write_bench",
     "write_figures",
     "write_page",
 ]

@@ -90,7 +90,7 @@ class Network(Method, ABC):
                 "give constants of this data set"
             )
         network = nn.Sequential(OrderedDict(normalize=normalize, **self._parts(classes, shape)))
-        _draw_weights(network)
+        _draw_weights(network, unit_norm=getattr(self, "unit_norm", False))
         return network
 
     @abstractmethod
@@ -166,10 +166,13 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one of these")
 
 
-def _draw_weights(network: nn.Module) -> None:
+def _draw_weights(network: nn.Module, *, unit_norm: bool) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             kind = "relu" if isinstance(module, nn.Conv2d) else "linear"
             nn.init.kaiming_normal_(module.weight, nonlinearity=kind)
+            if unit_norm:
+                weight = module.weight.data
+                weight.copy_(nn.functional.normalize(weight.flatten(1)).view_as(weight))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -84,12 +84,13 @@ class CIFARconv(Network):
 
     Deviations: the network returns logits, not probabilities; EMPIR feeds images in [0, 1] without
     normalization, which `mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)` restores; EMPIR starts from weights of
-    unit norm per output, here they are drawn as `Network` says; the features are flattened channel by
-    channel, not pixel by pixel.
+    unit norm per output, which `unit_norm` restores but for the tails that EMPIR cuts in convolutions; the
+    features are flattened channel by channel, not pixel by pixel.
 
     Args:
         width: Channels w; EMPIR has 32.
         activation: One of `ACTIVATIONS`; EMPIR has `relu`.
+        unit_norm: Whether the first weights of every output are scaled to unit Euclidean norm, as in EMPIR.
 
     Raises:
         InputError: if a field is out of range, or in the call for images under 15x15 pixels.
@@ -103,6 +104,7 @@ class CIFARconv(Network):
 
     width: int = 32
     activation: str = "relu"
+    unit_norm: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -150,6 +152,7 @@ class MNISTconv(Network):
     Args:
         width: Channels w of the first convolution; EMPIR has 64.
         activation: One of `ACTIVATIONS`; EMPIR has `relu`.
+        unit_norm: Whether the first weights of every output are scaled to unit Euclidean norm, as in EMPIR.
 
     Raises:
         InputError: if a field is out of range, or in the call for images under 28x28 pixels.
@@ -163,6 +166,7 @@ class MNISTconv(Network):
 
     width: int = 64
     activation: str = "relu"
+    unit_norm: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""

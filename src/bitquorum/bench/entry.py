@@ -1,0 +1,131 @@
+"""Do the work of one entry: train it and what it is attacked with, climb the ladder, measure cost and detector."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from bitquorum import kernels
+from bitquorum.bench.measure import measure_detector, measure_time
+from bitquorum.bench.suite import Entry
+from bitquorum.config import Experiment
+from bitquorum.data import load
+from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import Arena
+from bitquorum.evaluate.complexity import complexity
+from bitquorum.experiment import create, restore_ensemble, train, training_images
+from bitquorum.experiment.ladder import climb_arm, examples_of, read_climb
+from bitquorum.files import atomic_write, json_row, read_jsonl
+from bitquorum.interface import Listener
+from bitquorum.registry import digest, encode, to_toml
+from bitquorum.store import Run
+
+CELLS: Final = "cells"  # folder of the trainings, below that of the runs
+
+
+def work(
+    entry: Entry,
+    root: Path,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Return the row of an entry; what is stored below `root` is not computed again, and a kill loses little.
+
+    Args:
+        entry: What to train and attack.
+        root: Folder of runs.
+        device: Where to compute.
+        data_root: Folder of data sets.
+        listener: Hears of progress.
+
+    Raises:
+        BitquorumError: if data are missing, another process works on the same entry, or a stored file is corrupt.
+    """
+    stored = create(entry.experiment, root / CELLS)
+    path = entry_folder(entry, root) / "row.json"
+    if not path.exists():
+        listener = listener or Listener()
+        for experiment in (*entry.sources, entry.experiment):
+            train(experiment, root / CELLS, device=device, data_root=data_root, listener=listener)
+        with stored.lock(), kernels.use(entry.experiment.kernels):
+            row = _measure(entry, stored, root, device, data_root, listener)
+            stored.write_environment({"work": f"bench {entry.ladder.name}", "seconds": row["seconds"]})
+            atomic_write(path, json_row(row))
+    return read_jsonl(path)[0]
+
+
+def entry_folder(entry: Entry, root: Path) -> Path:
+    """Return where the row and the attacks of an entry lie: inside its training, by the entry's digest."""
+    return training_folder(entry.experiment, root) / "bench" / digest(entry)
+
+
+def training_folder(experiment: Experiment, root: Path) -> Path:
+    """Return where a training lies."""
+    return root / CELLS / f"{experiment.name}-{digest(experiment)}"
+
+
+def _measure(
+    entry: Entry,
+    stored: Run,
+    root: Path,
+    device: str,
+    data_root: Path | None,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Climb the ladder with the trained networks and return the row."""
+    started = time.monotonic()
+    folder, arm = entry_folder(entry, root), entry.experiment.arms[0]
+    atomic_write(folder / "entry.toml", to_toml(encode(entry)))
+    train_images = training_images(entry.experiment, data_root)
+
+    def restored(chosen: Experiment) -> Ensemble:
+        found = restore_ensemble(chosen, chosen.arms[0], train_images, create(chosen, root / CELLS))
+        return found.to(device).eval().requires_grad_(False)
+
+    test = load(entry.experiment.data.name, "test", root=data_root)
+    chosen = entry.ladder.choose(test)
+    examples, ensemble = examples_of(chosen, device), restored(entry.experiment)
+    sources = {source.name: restored(source) for source in entry.sources}
+    climb_arm(folder / arm.name, entry.ladder, ensemble, sources, examples, listener)
+    (path,) = (folder / arm.name).glob("climb@*.safetensors")
+    climb, _ = read_climb(path)
+    checks = read_jsonl(folder / arm.name / "verdicts.jsonl")
+    arena = Arena(model=ensemble, shown=ensemble, examples=examples, ladder=entry.ladder, sources=sources)
+    clean = arena.judge(examples.images, torch.arange(len(chosen), device=device)).cpu()
+    return {
+        "title": entry.title,
+        "seed": entry.experiment.seed,
+        "entry": digest(entry),
+        "members": arm.precision,
+        "adversarial": entry.adversarial,
+        "epsilon": climb.epsilon,
+        "ladder": entry.ladder.name,
+        "draws": entry.ladder.draws,
+        "broken_by": {step.rung: step.broke for step in climb.steps if step.broke},
+        "forward": sum(step.cost.forward * step.attacked for step in climb.steps),
+        "backward": sum(step.cost.backward * step.attacked for step in climb.steps),
+        "checks": len(checks),
+        "failed_checks": [check["name"] for check in checks if not check["passed"]],
+        "detector": measure_detector(entry, ensemble, test, chosen, climb.images),
+        **asdict(complexity(ensemble, tuple(chosen.shape))),
+        "train_seconds": round(sum(r.get("seconds", 0.0) for r in stored.environments() if r["work"] == "train"), 1),
+        "milliseconds": measure_time(ensemble, examples.images),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.monotonic() - started, 1),
+        "examples": chosen.index.tolist(),
+        "clean": _rates(clean),
+        "claim": _rates(climb.claim),
+        "worst": _rates(climb.correct),
+    }
+
+
+def _rates(correct: Bool[Tensor, "draws images"]) -> list[float]:
+    """Return the share of draws in which each image is right."""
+    return [round(rate, 4) for rate in correct.float().mean(0).tolist()]

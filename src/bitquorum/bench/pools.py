@@ -1,0 +1,100 @@
+"""Do many tasks: one after the other, or on several processes of this machine. `cluster` does them on many machines."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from bitquorum.bench.entry import CELLS, work
+from bitquorum.bench.suite import Entry
+from bitquorum.config import Experiment
+from bitquorum.experiment import train
+from bitquorum.interface import BitquorumError, Listener
+from bitquorum.registry import decode, encode
+
+Task: TypeAlias = Experiment | Entry
+Outcome: TypeAlias = tuple[Task, BitquorumError | None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """Say where work is done.
+
+    Attributes:
+        root: Folder of runs.
+        device: Where to compute.
+        data_root: Folder of data sets.
+        listener: Hears of progress.
+    """
+
+    root: Path
+    device: str = "cpu"
+    data_root: Path | None = None
+    listener: Listener = field(default_factory=Listener)
+
+
+def title(task: Task) -> str:
+    """Return what a task is called in messages."""
+    if isinstance(task, Entry):
+        return f"{task.title}, seed {task.experiment.seed}"
+    return f"{task.name}, seed {task.seed}, to attack with"
+
+
+def do(task: Task, place: Place) -> None:
+    """Train an experiment, or do the work of an entry; what is stored is not repeated."""
+    common: dict[str, Any] = {"device": place.device, "data_root": place.data_root, "listener": place.listener}
+    if isinstance(task, Entry):
+        work(task, place.root, **common)
+    else:
+        train(task, place.root / CELLS, **common)
+
+
+def serial(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
+    """Do tasks one after the other, and yield each with its error or `None`."""
+    for task in tasks:
+        try:
+            do(task, place)
+        except BitquorumError as error:
+            yield task, error
+        else:
+            yield task, None
+
+
+def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]:
+    """Return what does tasks on `jobs` processes of this machine, each with its share of the cores."""
+
+    def run(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        context = get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads,)) as pool:
+            futures = {}
+            for task in tasks:
+                kind = "entry" if isinstance(task, Entry) else "experiment"
+                call = pool.submit(_do, kind, encode(task), str(place.root), place.device, place.data_root)
+                futures[call] = task
+            try:
+                for number, future in enumerate(as_completed(futures), start=1):
+                    error = future.exception()
+                    if error is not None and not isinstance(error, BitquorumError):
+                        raise error
+                    place.listener.advance(number, title(futures[future]))
+                    yield futures[future], error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    return run
+
+
+def _begin(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _do(kind: str, table: dict[str, Any], root: str, device: str, data_root: Path | None) -> None:
+    task = decode(Entry, table) if kind == "entry" else decode(Experiment, table)
+    do(task, Place(root=Path(root), device=device, data_root=data_root))

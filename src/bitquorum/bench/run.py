@@ -1,0 +1,134 @@
+"""Run a suite: compute the entries that are not stored yet, and keep their rows together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitquorum.bench.entry import entry_folder
+from bitquorum.bench.pools import Outcome, Place, Task, processes, serial, title
+from bitquorum.bench.suite import Entry, Suite
+from bitquorum.bench.summary import summarize
+from bitquorum.files import atomic_write, json_row, read_jsonl, write_jsonl
+from bitquorum.interface import BitquorumError, ConfigError, DataError, InputError
+from bitquorum.registry import decode, digest, encode
+from bitquorum.store import Run
+
+Pool = Callable[[Sequence[Task], Place], Iterator[Outcome]]
+
+
+def bench(
+    suite: Suite,
+    place: Place,
+    *,
+    only: Sequence[str] = (),
+    known: Sequence[Path] = (),
+    jobs: int = 1,
+    cluster: str | None = None,
+) -> tuple[Run, list[dict[str, Any]]]:
+    """Train and attack the rows of a suite; return its run and one row for each that is stored.
+
+    Entries are cached by the hash of their config, below the folder of runs and in published suites: a second call,
+    another suite that shares an entry, or a call after a kill computes only what is missing.
+
+    Args:
+        suite: What is compared.
+        place: Folder of runs, device, data and listener.
+        only: Titles of rows to compute, all of them by default.
+        known: Folders of published suites, whose rows are taken where their entry is the same.
+        jobs: Number of processes on this machine, each with its share of the cores.
+        cluster: Address of a Ray cluster in place of processes; `local` starts one on this machine.
+
+    Raises:
+        BitquorumError: if an entry could not be computed, after all others are; or if a stored file is corrupt.
+    """
+    stored = Run.create(place.root, f"bench-{suite.name}", encode(suite))
+    pool = _pool(jobs, cluster)
+    with stored.lock():
+        for entry in suite.entries():
+            _take(entry, stored, place.root, known)
+        missing = [entry for entry in suite.entries(only) if not _file(stored, entry).exists()]
+        failed = []
+        if missing:
+            failed = _compute(missing, stored, place, pool)
+            stored.write_environment({"work": f"bench {', '.join(only) or 'all rows'}", "jobs": jobs})
+        write_jsonl(stored.path / "metrics.jsonl", summary(stored))
+    if failed:
+        task, error = failed[0]
+        raise DataError(
+            f"expected every entry to be computed, got {len(failed)} that failed, first {title(task)}: {error}; "
+            "the same command tries these again"
+        )
+    return stored, summary(stored)
+
+
+def stored_suite(stored: Run) -> Suite:
+    """Return the suite of a run.
+
+    Raises:
+        DataError: if its config is missing, corrupt or not understood by this version.
+    """
+    try:
+        return decode(Suite, stored.config())
+    except ConfigError as error:
+        raise DataError(
+            f"expected a suite of this version in {stored.path}/config.toml, got: {error}; restore or remove it"
+        ) from error
+
+
+def summary(stored: Run) -> list[dict[str, Any]]:
+    """Return one row for each defence of which an entry is stored, in the order of the suite, over its seeds."""
+    suite = stored_suite(stored)
+    return summarize([row for entry in suite.entries() for row in read_jsonl(_file(stored, entry))], suite.reference)
+
+
+def is_bench(stored: Run) -> bool:
+    """Return whether a run is that of a suite."""
+    try:
+        return stored.config().get("type") == "suite"
+    except DataError:
+        return False
+
+
+def _pool(jobs: int, cluster: str | None) -> Pool:
+    if jobs < 1:
+        raise InputError(f"expected at least one job, got {jobs}")
+    if cluster is not None:
+        from bitquorum.bench.cluster import machines
+
+        return machines(cluster)
+    return processes(jobs) if jobs > 1 else serial
+
+
+def _compute(missing: Sequence[Entry], stored: Run, place: Place, pool: Pool) -> list[tuple[Task, BitquorumError]]:
+    """Train the sources, then do the entries, and return what failed."""
+    sources = list(dict.fromkeys(source for entry in missing for source in entry.sources))
+    place.listener.begin("train the attacker's networks", len(sources))
+    failed = [(task, error) for task, error in pool(sources, place) if error]
+    place.listener.end()
+    if failed:
+        return failed
+    place.listener.begin("entries", len(missing))
+    for task, error in pool(missing, place):
+        if error:
+            failed.append((task, error))
+        elif isinstance(task, Entry):
+            _take(task, stored, place.root, ())
+    place.listener.end()
+    return failed
+
+
+def _file(stored: Run, entry: Entry) -> Path:
+    return stored.path / "entries" / f"{entry.title}@{entry.experiment.seed}.json"
+
+
+def _take(entry: Entry, stored: Run, root: Path, known: Sequence[Path]) -> None:
+    """Copy the row of an entry into the suite's run, from its training or from a published suite."""
+    path, key = _file(stored, entry), digest(entry)
+    if path.exists():
+        return
+    places = [entry_folder(entry, root) / "row.json", *(folder / "entries" / path.name for folder in known)]
+    for place in places:
+        for row in read_jsonl(place):
+            if row["entry"] == key:
+                atomic_write(path, json_row(row))
+                return

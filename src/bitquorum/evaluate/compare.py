@@ -1,0 +1,110 @@
+"""Compare two models on the same images and seeds: the difference with its interval, and how sure its sign is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitquorum.interface import InputError
+
+_POINTS: Final = 4001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """State a difference of accuracies.
+
+    Attributes:
+        value: Mean difference, in [-1, 1].
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        p: Two-sided p-value of no difference.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def difference(ours: Float[Tensor, "seeds images"], theirs: Float[Tensor, "seeds images"]) -> Difference:
+    r"""Return the mean difference of paired rates of being right, over images and seeds of training.
+
+    Images and seeds are crossed random factors: the variance of the mean is $s^2_{images}/N + s^2_{seeds}/S -
+    s^2_{residual}/(N S)$, never below that of the images alone. Its degrees of freedom are Satterthwaite's, so that
+    three seeds that disagree make a wide interval; a single seed says nothing of others, and the interval is then one
+    over images alone. Interval and p-value are Student's.
+
+    Args:
+        ours: Rate of each image under each seed, in [0, 1].
+        theirs: The same images and seeds of the other model.
+
+    Raises:
+        InputError: if the shapes differ or there are fewer than two images.
+
+    Examples:
+        >>> ours = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+        >>> found = difference(ours, torch.zeros(1, 8))
+        >>> found.value, round(found.low, 2), round(found.high, 2), round(found.p, 3)
+        (0.75, 0.36, 1.0, 0.003)
+    """
+    if ours.shape != theirs.shape or ours.dim() != 2 or ours.shape[1] < 2:
+        raise InputError(
+            f"expected rates of the same seeds and images, at least two images, got shapes {tuple(ours.shape)} and "
+            f"{tuple(theirs.shape)}"
+        )
+    d = ours.double() - theirs.double()
+    seeds, images = d.shape
+    mean = float(d.mean())
+    by_image = float(d.mean(0).var()) / images
+    by_seed = float(d.mean(1).var()) / seeds if seeds > 1 else 0.0
+    residual = d - d.mean(0) - d.mean(1, keepdim=True) + mean
+    alone = float(residual.square().sum()) / max(1, (seeds - 1) * (images - 1)) / d.numel()
+    variance = by_image + max(0.0, by_seed - alone)
+    if variance <= 0:  # every image differs by the same
+        return Difference(value=mean, low=mean, high=mean, p=1.0 if mean == 0 else 0.0)
+    freedom = variance**2 / (by_image**2 / (images - 1) + (variance - by_image) ** 2 / max(1, seeds - 1))
+    half = _student_quantile(0.975, freedom) * math.sqrt(variance)
+    p = 2 * (1 - _student_cdf(abs(mean) / math.sqrt(variance), freedom))
+    return Difference(value=mean, low=max(-1.0, mean - half), high=min(1.0, mean + half), p=min(1.0, max(0.0, p)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by the step-down method of Holm, 1979, in the given order.
+
+    Examples:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p)), key=lambda index: p[index])
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _student_cdf(t: float, freedom: float) -> float:
+    r"""Return Student's distribution function at t >= 0; for $t = \sqrt\nu \tan\theta$ it sums a cosine's power."""
+    if freedom > 1e6:
+        return 0.5 * (1 + math.erf(t / math.sqrt(2)))
+    end = math.atan(t / math.sqrt(freedom))
+    theta = torch.linspace(0, end, _POINTS, dtype=torch.float64)
+    area = float(torch.trapezoid(theta.cos() ** (freedom - 1), theta))
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
+    return 0.5 + area * math.exp(log_scale)
+
+
+def _student_quantile(p: float, freedom: float) -> float:
+    """Return the quantile of Student's distribution for p > 1/2, by bisection."""
+    low, high = 0.0, 1.0
+    while _student_cdf(high, freedom) < p:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_cdf(middle, freedom) < p else (low, middle)
+    return high
