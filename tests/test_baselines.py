@@ -11,6 +11,7 @@ from bitquorum import objective, randomized, rng
 from bitquorum.attacks import PGD
 from bitquorum.baselines import (
     DVERGE,
+    PARL,
     TRS,
     Baseline,
     DefensiveQuantization,
@@ -54,7 +55,8 @@ STOCHASTIC = {
     *("sq", "sq-mi"),
 }
 ENSEMBLES = {
-    *("adp", "dverge", "empir", "float-ensemble", "gal", "gaussian-control", "low-bit-ensemble", "mi", "trs"),
+    *("adp", "dverge", "empir", "float-ensemble", "gal", "gaussian-control", "low-bit-ensemble", "mi"),
+    *("parl", "trs"),
     *("sq", "sq-mi"),
 }
 VARIANTS = (
@@ -262,6 +264,10 @@ def test_passes_and_weights_reach_the_arm():
     assert SelfEnsemble()(SETTING).aggregation == MeanProbability()
     assert term_of(DefensiveQuantization(beta=0.5)(SETTING), objective.Orthogonality).weight == 0.5
     assert term_of(DVERGE(epsilon=0.1)(SETTING), objective.DVERGE).epsilon == 0.1
+    assert [(type(term).__name__, term.weight) for term in PARL(weight=0.5)(SETTING).objective.terms] == [
+        ("MemberCrossEntropy", 1), ("PARL", 0.5)
+    ]  # fmt: skip
+    assert term_of(PARL(layers=2)(SETTING), objective.PARL).layers == 2
     assert term_of(TRS()(SETTING), objective.TRS).smoothness == 2.5 / 128**2
 
 

@@ -16,7 +16,7 @@ from bitquorum.config import presets
 from bitquorum.files import read_jsonl
 from bitquorum.interface import ConfigError, DataError, InputError
 from bitquorum.registry import decode, digest, encode
-from bitquorum.report import bench_csv, bench_table, bench_tables, write_bench
+from bitquorum.report import bench_csv, bench_table, bench_tables, write_bench, write_page
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet
 
@@ -56,6 +56,12 @@ def test_rows_hold_what_the_table_needs(done):
     assert read_jsonl(stored.path / "metrics.jsonl") == rows == summary(stored)
     assert is_bench(stored)
     assert stored_suite(stored) == small()
+
+
+def test_the_page_of_experiments_refuses_a_suite(done, tmp_path):
+    _, stored, _ = done
+    with pytest.raises(InputError, match="expected runs of experiments for the page, got a suite"):
+        write_page([stored], tmp_path / "page.html")
 
 
 def test_accuracies_are_those_of_the_stored_climb(done):
@@ -161,6 +167,7 @@ def test_a_killed_entry_resumes_to_the_same_row(tmp_path, monkeypatch):
         ({"reference": "vanila"}, "did you mean 'vanilla'"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (0, 1000)}, "none of them that of the sources"),
+        ({"calibration": 99}, "at least 100 held-out images"),
         ({"ladder": "standart"}, "did you mean 'standard'"),
     ],
 )
@@ -241,16 +248,16 @@ def test_tables_order_rows_and_mark_adversarial_training(tmp_path):
         ],
         "weak",
     )
-    table = bench_table(rows, "weak")
+    table = bench_table(rows)
     assert [row[0] for row in table.rows] == ["strong", "weak", "trained (AT)"]
     assert table.rows[0][5] == "+80.0 [+75, +85]*"
     assert table.rows[1][5] == "reference"
     assert "20 test images" in table.note
-    shown, costs = bench_tables(rows, "weak")
+    shown, costs = bench_tables(rows)
     assert [len(part.header) for part in (shown, costs)] == [7, 7]
     read = list(csv.DictReader(io.StringIO(bench_csv(rows))))
     assert float(read[2]["worst_value"]) == pytest.approx(0.85)
-    paths = write_bench(rows, "weak", "t<iny", tmp_path)
+    paths = write_bench(rows, "t<iny", tmp_path)
     assert [path.name for path in paths] == ["table.md", "table.csv", "table.html"]
     page = paths[2].read_text()
     assert "t&lt;iny" in page

@@ -55,9 +55,10 @@ COMMANDS = {
     "plane": "Lay evaluated runs into the adversarial information plane",
     "detect": "Measure attack detectors on evaluated runs",
     "report": "Write one page about stored runs",
+    "bench": "Train and attack a suite of defences under one ladder",
     "museum": "Climb the ladder with broken defences",
     "show": "Print the stored table of a run",
-    "list": "List the stored runs, or the presets",
+    "list": "List the stored runs, the presets or the suites",
     "publish": "Copy a run's config, metrics and environment",
     "doctor": "Print versions, devices",
     "data list": "List the known data sets",
@@ -256,6 +257,26 @@ def test_the_museum_prints_its_table_and_show_and_list_know_it(tmp_path: Path):
     assert "| gradient-killer |" in call("show", "museum", "--markdown", "--runs", folder)
 
 
+def test_bench_compares_defences_and_show_and_list_know_it(tmp_path: Path):
+    folder = str(tmp_path / "runs")
+    small = ["seeds=[0]", "ladder=quick", "examples=20", "draws=5", "sources=[]", "setting.trainer.epochs=1"]
+    only = ["--only", "vanilla", "--only", "low-bit"]
+    text = call("bench", "digits", *small, *only, "--runs", folder)
+    assert "vs reference" in " ".join(text.split())
+    assert "20 test images, 5 fresh draws and 1 seeds" in " ".join(text.split())
+    (stored,) = Path(folder).glob("bench-digits-*")
+    assert {path.suffix for path in stored.glob("table.*")} == {".md", ".csv", ".html"}
+    assert "a suite, 2 of" in " ".join(call("list", "--runs", folder).split())
+    assert "| low-bit | w4a4 |" in call("show", "bench-digits", "--markdown", "--runs", folder)
+    assert "low-bit" in call("show", "bench-digits", "--runs", folder)
+    assert "cifar10-small" in call("list", "--suites")
+    target = tmp_path / "published"
+    call("publish", "bench-digits", str(target), "--runs", folder)
+    again = call("bench", "digits", *small, *only, "--known", str(target), "--runs", str(tmp_path / "other"))
+    assert "vanilla" in again
+    assert not (tmp_path / "other" / "cells").exists()
+
+
 def test_show_and_list_and_publish_only_read(runs: Path, tmp_path: Path):
     stored = Run.find(runs, "tiny")
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
@@ -328,6 +349,9 @@ def test_doctor_says_what_is_here(tmp_path: Path):
         (["run", "digits", "--device", "cuda:99"], r"expected a device of this machine, got 'cuda:99'"),
         (["run", "cifar10"], r"cifar10.*bitquorum data get cifar10"),
         (["run", "digits", "data.name=imagenet"], r"expected the name of a data set, got 'imagenet'"),
+        (["bench", "digitz"], r"expected a suite or a path that ends in \.toml, got 'digitz'; did you mean 'digits'"),
+        (["bench", "digits", "--only", "empri"], r"expected a row among .*got 'empri'; did you mean 'empir'"),
+        (["bench", "digits", "--jobs", "0"], "expected at least one job, got 0"),
         (["museum", "crosmax"], r"expected an exhibit among .*got 'crosmax'; did you mean 'crossmax'"),
         (["museum", "--ladder", "tall", "crossmax"], "expected a ladder among quick, standard, full, got 'tall'"),
         (["museum", "--also", "nobody"], "expected a peer among autoattack-standard"),

@@ -13,11 +13,11 @@ from bitquorum.conversion import Policy, calibrate
 from bitquorum.ensemble import Ensemble, Outputs
 from bitquorum.interface import InputError
 from bitquorum.layers import QuantLayer
-from bitquorum.objective import ADP, DVERGE, GAL, TRS, Objective, Orthogonality, Reduce, Step, Term
+from bitquorum.objective import ADP, DVERGE, GAL, PARL, TRS, Objective, Orthogonality, Reduce, Step, Term
 from bitquorum.objective.distill import distill, partners, weighted_outputs
 
-TERMS = [ADP(), GAL(), TRS(), DVERGE(steps=2), Orthogonality()]
-NAMES = ["adp", "gal", "trs", "dverge", "orthogonality"]
+TERMS = [ADP(), GAL(), TRS(), PARL(), DVERGE(steps=2), Orthogonality()]
+NAMES = ["adp", "gal", "trs", "parl", "dverge", "orthogonality"]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -199,6 +199,86 @@ def test_members_without_a_gradient_agree_in_nothing(term: Term, known: float):
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value, list(said.ensemble.parameters())))
 
 
+# Gradients of layers
+
+LAYER = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 1.0, 0.5, 3.0]], dtype=torch.float64)
+ASKEW = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [-3.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+
+
+def deep(members: Sequence[Sequence[Tensor]], *, bend: type[nn.Module] = nn.Identity, count: int = 5) -> Step:
+    """Return a step of members of the given layers and one more, for the logits."""
+    networks = []
+    for seed, weights in enumerate(members):
+        parts: list[nn.Module] = [nn.Flatten()]
+        for weight in (*weights, normal(20 + seed, 3, len(weights[-1]))):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+            layer.weight.data.copy_(weight)
+            parts += [layer, bend()]
+        networks.append(nn.Sequential(*parts))
+    return step(Ensemble(networks), uniform(3, count, 1, 2, 2).requires_grad_(), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize(
+    ("other", "cosine"),
+    [(LAYER, 1.0), (5 * LAYER.flip(0), 1.0), (-2 * LAYER, -1.0), (ASKEW, 0.0), (torch.zeros_like(LAYER), 0.0)],
+)
+def test_parl_of_linear_members_is_the_cosine_of_summed_rows(other: Tensor, cosine: float):
+    """Outputs of LAYER sum to (1, -1, 1, 3) x and those of ASKEW, three of them, to (1, 1, 0, 0) x."""
+    assert PARL()(deep([[LAYER], [other]])).item() == pytest.approx(cosine, abs=1e-9)
+
+
+def test_parl_sums_over_pairs():
+    said = deep([[LAYER], [-LAYER], [ASKEW]])
+    assert PARL()(said).item() == pytest.approx(-1.0, abs=1e-9)
+
+
+def test_parl_averages_over_the_layers_that_all_members_have():
+    """Behind the first layer the rows (1, 0) and (-1, 0) leave the first row of LAYER and its opposite."""
+    first, last = [torch.tensor([[sign, 0.0]], dtype=torch.float64) for sign in (1.0, -1.0)]
+    members = [[LAYER, first], [LAYER, last]]
+    assert PARL(layers=1)(deep(members)).item() == pytest.approx(1.0, abs=1e-9)
+    assert PARL()(deep(members)).item() == pytest.approx(0.0, abs=1e-9)
+    assert PARL()(deep([*members[:1], [LAYER]])).item() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_parl_against_the_closed_form_and_its_derivatives():
+    """The second layer of W' tanh(W x) has the gradient (1 W' * (1 - tanh^2)) W, the first 1 W."""
+    weights = [(normal(seed, 3, 4), normal(seed + 10, 2, 3)) for seed in (4, 5, 6)]
+    said = deep(weights, bend=nn.Tanh)
+    value = PARL()(said)
+    trained = [p for member in said.ensemble.members for p in list(member.parameters())[:2]]
+    got = torch.autograd.grad(value, trained)
+    leaves = [weight.clone().requires_grad_() for pair in weights for weight in pair]
+    x = said.images.detach().flatten(1)
+    first = [w.sum(0).expand(5, 4) for w in leaves[::2]]
+    second = [(v.sum(0) * (1 - (x @ w.T).tanh() ** 2)) @ w for w, v in zip(leaves[::2], leaves[1::2], strict=True)]
+    known = torch.stack(
+        [functional.cosine_similarity(g[i], g[j]) for g in (first, second) for i, j in ((0, 1), (0, 2), (1, 2))]
+    )
+    known = known.sum(0).mean() / 2
+    torch.testing.assert_close(value, known)
+    for mine, other in zip(got, torch.autograd.grad(known, leaves), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_parl_of_a_convolution_on_grey_images_is_a_product_of_signs():
+    """On a torus each pixel meets every weight of the kernels once."""
+    with rng.torch_seed(0):
+        convolutions = [nn.Conv2d(1, 3, 3, padding=1, padding_mode="circular") for _ in range(2)]
+        networks = [nn.Sequential(layer, nn.Flatten(), nn.Linear(108, 3)) for layer in convolutions]
+    images, labels = batch()
+    sign = float(torch.stack([layer.weight.detach().sum() for layer in convolutions]).sign().prod())
+    for turn in (1, -1):
+        convolutions[0].weight.data *= turn
+        value = PARL()(step(Ensemble(networks), images.clone().requires_grad_(), labels))
+        assert value.item() == pytest.approx(turn * sign, abs=1e-5)
+
+
+def test_parl_wants_a_layer_before_the_logits():
+    with pytest.raises(InputError, match=r"a layer before its logits, got Sequential"):
+        PARL()(gradient_step([CORNER, CORNER]))
+
+
 # DVERGE
 
 
@@ -273,12 +353,14 @@ def test_distillation_brings_features_nearer_within_the_ball_at_every_layer():
     assert falls == {0, 1, 2}
 
 
-def test_dverge_draws_its_noise_from_the_step_alone():
+@pytest.mark.parametrize("term", [DVERGE(steps=3), PARL()])
+def test_noise_is_drawn_from_the_step_alone(term: Term):
     (images, labels), said = batch(), []
     for seed in (3, 3, 4):
         ensemble = small(norm=True).train()
         state = torch.get_rng_state()
-        value = DVERGE(steps=3)(step(ensemble, images, labels, seed=seed))
+        batched = images.clone().requires_grad_(term.needs_image_gradient)
+        value = term(step(ensemble, batched, labels, seed=seed))
         value.backward()
         assert torch.equal(torch.get_rng_state(), state)
         said.append((value.detach(), [p.grad for p in ensemble.parameters() if p.grad is not None]))
@@ -399,7 +481,7 @@ def test_orthogonality_sums_over_layers_and_members_and_counts_shared_weights_on
 # All of them
 
 
-@pytest.mark.parametrize("term", [GAL(), DVERGE()])
+@pytest.mark.parametrize("term", [GAL(), PARL(), DVERGE()])
 def test_pairs_of_a_single_member_are_none(term: Term):
     images, labels = batch()
     value = term(step(small(members=1), images.requires_grad_(), labels))
@@ -448,8 +530,9 @@ def test_defaults_are_those_of_the_papers():
     assert (ADP().weight, ADP().alpha, ADP().beta) == (1.0, 2.0, 0.5)
     assert GAL().weight == 0.5
     assert (TRS().weight, TRS().similarity, TRS().smoothness) == (1.0, 40.0, 2.5)
+    assert (PARL().weight, PARL().layers) == (0.25, 5)
     assert (DVERGE().weight, DVERGE().epsilon, DVERGE().step_size, DVERGE().steps) == (1.0, 0.07, 0.007, 10)
-    assert [term.needs_image_gradient for term in TERMS] == [False, True, True, False, False]
+    assert [term.needs_image_gradient for term in TERMS] == [False, True, True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -459,6 +542,7 @@ def test_defaults_are_those_of_the_papers():
         (ADP, "beta", (-0.1, math.nan)),
         (TRS, "similarity", (-1.0, math.nan)),
         (TRS, "smoothness", (-1.0, math.inf)),
+        (PARL, "layers", (0, -1)),
         (DVERGE, "epsilon", (-0.1, 1.1, math.nan)),
         (DVERGE, "step_size", (0.0, -0.1, math.nan)),
         (DVERGE, "steps", (0, -1)),

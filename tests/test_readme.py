@@ -9,10 +9,12 @@ import pytest
 from typer.main import get_command
 
 from bitquorum import cli
+from bitquorum.bench import read_suite
 from bitquorum.config import read
 from bitquorum.files import read_jsonl
 from bitquorum.report import (
     Table,
+    bench_tables,
     bracket,
     comparison,
     detectors,
@@ -30,7 +32,7 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|museum|peers|plane|detectors|rejections): (\S+) -->\n(.*?)<!-- end -->", re.S
+    r"<!-- (results|ladder|museum|peers|plane|detectors|rejections|bench|costs): (\S+) -->\n(.*?)<!-- end -->", re.S
 )
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
@@ -40,6 +42,8 @@ STORED = {
     "plane": ("planes/*/metrics.jsonl", profiles),
     "detectors": ("detections/*/metrics.jsonl", detectors),
     "rejections": ("detections/*/metrics.jsonl", rejections),
+    "bench": ("metrics.jsonl", lambda rows: bench_tables(rows)[0]),
+    "costs": ("metrics.jsonl", lambda rows: bench_tables(rows)[1]),
 }
 TABLES = [(page, *match) for page, text in PAGES.items() for match in RESULTS.findall(text)]
 
@@ -91,6 +95,8 @@ def test_every_command_of_the_pages_is_understood(arguments: list[str]):
         if hasattr(command, "get_command"):
             name, *words = words
     parsed = command.make_context(name, list(words)).params
+    if name == "bench":
+        read_suite(str(parsed["suite"]), parsed["overrides"] or [])
     if name in ("run", "train"):
         source = str(parsed["source"])
         read("digits" if source.endswith(".toml") else source, parsed["overrides"] or [])

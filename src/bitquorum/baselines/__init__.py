@@ -12,6 +12,7 @@ Adversarial images enter the training of the reference rows, and of others as to
 | `low_bit_ensemble` | several bit widths, neither SQ nor MI | M | no |
 | `empir` | mixed precision that votes | M | no |
 | `adp`, `gal`, `trs` | members that differ by outputs, by input gradients | M | no |
+| `parl` | members whose layers differ by input gradients | M | no |
 | `dverge` | members that learn each other's weaknesses | M | of features |
 | `defensive_quantization` | low bits, orthogonal layers | 1 | no |
 | `random_precision` | Double-Win Quant | 1 | on request |
@@ -22,9 +23,6 @@ Adversarial images enter the training of the reference rows, and of others as to
 | `pgd_at`, `trades`, `fgsm_rs` | adversarial training: reference rows | 1 | yes |
 | `sq`, `mi`, `gaussian_control` | controls of `sq_mi` | M | no |
 | `sq_mi` | our reconstruction of arXiv 2312.00105 | M | no |
-
-Not here: PARL (Shukla et al., 2025, https://arxiv.org/abs/2112.04948), which compares the gradients of every layer, for
-which the objective has no term; GAL and TRS stand for that family.
 """
 
 from bitquorum.baselines.activation_pruning import ActivationPruning
@@ -42,6 +40,7 @@ from bitquorum.baselines.low_bit import LowBit
 from bitquorum.baselines.low_bit_ensemble import LowBitEnsemble
 from bitquorum.baselines.mi import Mi
 from bitquorum.baselines.parametric_noise import ParametricNoise
+from bitquorum.baselines.parl import PARL
 from bitquorum.baselines.pgd_at import PgdAt
 from bitquorum.baselines.random_precision import RandomPrecision
 from bitquorum.baselines.self_ensemble import SelfEnsemble
@@ -55,6 +54,7 @@ __all__ = [
     "ADP",
     "DVERGE",
     "GAL",
+    "PARL",
     "TRS",
     "ActivationPruning",
     "Baseline",

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -154,7 +155,8 @@ def _joined(ray: Any, address: str) -> Iterator[None]:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise InputError(
-            f"expected a Ray cluster at {address!r}, got: {error}; `ray start --head` starts one, `local` needs none"
+            f"expected a Ray cluster at {address!r}, got: {shorten(str(error), 200)}; `ray start --head` starts one, "
+            "`local` needs none, and one that asks for a token needs RAY_AUTH_MODE=token here"
         ) from error
     try:
         yield

@@ -67,7 +67,7 @@ def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]
     """Return what does tasks on `jobs` processes of this machine, each with its share of the cores."""
 
     def run(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         context = get_context("spawn")
         with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads,)) as pool:
             futures = {}

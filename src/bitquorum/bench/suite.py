@@ -6,6 +6,7 @@ from typing import Literal, final
 
 from bitquorum.baselines import Baseline, FloatEnsemble, Setting
 from bitquorum.config import DataChoice, Experiment, table_of
+from bitquorum.detect.detection import LEAST_CALIBRATION
 from bitquorum.evaluate import Evaluation, Ladder, ladder_named
 from bitquorum.interface import ConfigError, InputError, Method
 from bitquorum.registry import apply_overrides, decode, nearest
@@ -53,7 +54,7 @@ class Suite(Method):
         ladder: `quick`, `standard` or `full`.
         examples: Number of test images.
         draws: Number of judging draws.
-        calibration: Number of held-out test images that set the detector's threshold.
+        calibration: Number of held-out test images that set the detector's threshold, at least 100.
     """
 
     name: str
@@ -82,6 +83,10 @@ class Suite(Method):
             raise InputError(
                 f"expected at least one seed, all different and none of them that of the sources, got {self.seeds} and "
                 f"{self.source_seed}"
+            )
+        if self.calibration < LEAST_CALIBRATION:
+            raise InputError(
+                f"expected at least {LEAST_CALIBRATION} held-out images for the detector, got {self.calibration}"
             )
         ladder_named(self.ladder)
 

@@ -31,16 +31,16 @@ def summarize(rows: Sequence[dict[str, Any]], reference: str) -> list[dict[str, 
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["title"], []).append(row)
-    found = [_summary(group) for group in groups.values()]
+    found = [_summary(group, reference) for group in groups.values()]
     if reference in groups:
         _compare(found, groups, reference)
     return found
 
 
-def _summary(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(group: Sequence[dict[str, Any]], reference: str) -> dict[str, Any]:
     first = group[0]
     row: dict[str, Any] = {key: first[key] for key in _KEPT}
-    row |= {"seeds": [entry["seed"] for entry in group], "images": len(first["examples"])}
+    row |= {"reference": reference, "seeds": [entry["seed"] for entry in group], "images": len(first["examples"])}
     for name in _ACCURACIES:
         rates = _rates(group, name)
         stated = asdict(interval(rates))

@@ -49,7 +49,7 @@ def bench(
     with resumable(stored), bars() as listener:
         place = Place(root=runs, device=device_named(device), data_root=data, listener=listener)
         stored, rows = compare(chosen, place, only=only or (), known=known or (), jobs=jobs, cluster=cluster)
-    for table in bench_tables(rows, chosen.reference):
+    for table in bench_tables(rows):
         print_table(table)
-    write_bench(rows, chosen.reference, chosen.name, stored.path)
+    write_bench(rows, chosen.name, stored.path)
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)

@@ -75,7 +75,7 @@ def show(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Print the stored table of a run, without computing anything."""
-    from bitquorum.bench import is_bench, stored_suite, summary
+    from bitquorum.bench import is_bench, summary
     from bitquorum.experiment import ladder_rows, ladders, results
     from bitquorum.museum import is_museum, museum_rows
     from bitquorum.report import bench_table, bench_tables, bracket, comparison, museum_table, peer_table
@@ -89,8 +89,7 @@ def show(
         found = (museum_table(rows), peer_table(rows)) if (rows := museum_rows(stored)) else ()
         tables = [table for table in found if table]
     elif is_bench(stored):
-        rows, reference = summary(stored), stored_suite(stored).reference
-        tables = [bench_table(rows, reference)] if markdown else list(bench_tables(rows, reference))
+        tables = [bench_table(summary(stored))] if markdown else list(bench_tables(summary(stored)))
     else:
         tables = [comparison(rows)] if (rows := results(stored)) else []
         tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
@@ -154,7 +153,7 @@ def publish(
     target: Annotated[Path, typer.Argument(help="Folder to write, such as results/digits.")],
     runs: Root = RUNS,
 ) -> None:
-    """Copy the config, metrics and environment of a run, without weights or images, to a folder."""
+    """Copy a run's config, metrics and environment, without weights or images, to a folder."""
     from bitquorum.store import Run
 
     Run.find(runs, query).publish(target)

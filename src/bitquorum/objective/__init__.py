@@ -2,6 +2,7 @@
 
 from bitquorum.objective.distill import DVERGE
 from bitquorum.objective.diversity import ConditionalMI, FeatureMI, OutputMI
+from bitquorum.objective.layerwise import PARL
 from bitquorum.objective.likelihood import EnsembleCrossEntropy, MemberCrossEntropy
 from bitquorum.objective.peers import ADP, GAL, TRS, Orthogonality
 from bitquorum.objective.robustness import Adversarial, InputGradient, Trades
@@ -12,6 +13,7 @@ __all__ = [
     "ADP",
     "DVERGE",
     "GAL",
+    "PARL",
     "TRS",
     "Adversarial",
     "ConditionalMI",

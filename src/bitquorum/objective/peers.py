@@ -71,7 +71,7 @@ class GAL(Term):
         """Return the mean over examples, zero for a single member."""
         if len(step.member_losses) < 2:
             return step.logits.new_zeros(())
-        return _cosines(_input_gradients(step)).logsumexp(0).mean()
+        return cosines(_input_gradients(step)).logsumexp(0).mean()
 
 
 @final
@@ -110,7 +110,7 @@ class TRS(Term):
         value = self.smoothness * 2 * gradients.square().sum(-1).mean()
         if len(gradients) < 2:
             return value
-        return value + self.similarity * _cosines(gradients).abs().mean()
+        return value + self.similarity * cosines(gradients).abs().mean()
 
 
 @final
@@ -154,14 +154,20 @@ def log_diversity(
     return torch.logdet(gram + 1e-6 * torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype))
 
 
+def cosines(gradients: Float[Tensor, "member batch pixels"]) -> Float[Tensor, "pair batch"]:
+    """Return the cosine of each pair of members on each example; norms below 1e-8 count as about 1e-8.
+
+    Examples:
+        >>> cosines(torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]], [[-1.0, 0.0]]])).flatten().tolist()
+        [0.0, -1.0, 0.0]
+    """
+    unit = gradients / (gradients.square().sum(-1, keepdim=True) + 1e-16).sqrt()
+    return torch.stack([(unit[i] * unit[j]).sum(-1) for i, j in pairs(len(unit))])
+
+
 def _input_gradients(step: Step) -> Float[Tensor, "member batch pixels"]:
     gradients = [torch.autograd.grad(loss.sum(), step.images, create_graph=True)[0] for loss in step.member_losses]
     return torch.stack(gradients).flatten(2)
-
-
-def _cosines(gradients: Float[Tensor, "member batch pixels"]) -> Float[Tensor, "pair batch"]:
-    unit = gradients / (gradients.square().sum(-1, keepdim=True) + 1e-16).sqrt()
-    return torch.stack([(unit[i] * unit[j]).sum(-1) for i, j in pairs(len(unit))])
 
 
 def _departure(matrix: Float[Tensor, "out inputs"]) -> Float[Tensor, ""]:

@@ -20,15 +20,15 @@ main { max-width: 110rem; margin: 0 auto; }
 """
 
 
-def bench_table(rows: Sequence[dict[str, Any]], reference: str = "") -> Table:
+def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return one line for each defence: those trained without adversarial images first, the best worst case first."""
-    body = [(*_accuracies(row, reference), *_costs(row)) for row in _ordered(rows)]
-    return Table(header=(*_SHOWN, *_COSTS), rows=tuple(body), note=_note(rows, reference) if rows else "No rows yet.")
+    body = [(*_accuracies(row), *_costs(row)) for row in _ordered(rows)]
+    return Table(header=(*_SHOWN, *_COSTS), rows=tuple(body), note=_note(rows) if rows else "No rows yet.")
 
 
-def bench_tables(rows: Sequence[dict[str, Any]], reference: str = "") -> tuple[Table, Table]:
+def bench_tables(rows: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
     """Return the same in two tables that fit a terminal: accuracies, then costs."""
-    whole = bench_table(rows, reference)
+    whole = bench_table(rows)
     parts = slice(len(_SHOWN)), slice(len(_SHOWN), None)
     costs = tuple((row[0], *row[parts[1]]) for row in whole.rows)
     return (
@@ -37,9 +37,9 @@ def bench_tables(rows: Sequence[dict[str, Any]], reference: str = "") -> tuple[T
     )
 
 
-def write_bench(rows: Sequence[dict[str, Any]], reference: str, name: str, folder: Path) -> list[Path]:
+def write_bench(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> list[Path]:
     """Write the table as Markdown, CSV and one HTML file, and return their paths."""
-    table = bench_table(rows, reference)
+    table = bench_table(rows)
     contents = {
         "md": f"{table.markdown()}\n\n{table.note}\n",
         "csv": bench_csv(rows),
@@ -66,13 +66,13 @@ def _ordered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["adversarial"], -row["worst"]["value"]))
 
 
-def _accuracies(row: dict[str, Any], reference: str) -> tuple[str, ...]:
+def _accuracies(row: dict[str, Any]) -> tuple[str, ...]:
     tpr = row["detector"]["tpr5"]
     return (
         row["title"] + (" (AT)" if row["adversarial"] else ""),
         row["members"],
         *(_accuracy(row[name]) for name in ("clean", "claim", "worst")),
-        "reference" if row["title"] == reference else _difference(row.get("difference")),
+        "reference" if row["title"] == row["reference"] else _difference(row.get("difference")),
         "-" if tpr is None else f"{100 * tpr:.0f}",
     )
 
@@ -99,8 +99,8 @@ def _difference(found: dict[str, Any] | None) -> str:
     return f"{100 * found['value']:+.1f} [{100 * found['low']:+.0f}, {100 * found['high']:+.0f}]{star}"
 
 
-def _note(rows: Sequence[dict[str, Any]], reference: str) -> str:
-    first = rows[0]
+def _note(rows: Sequence[dict[str, Any]]) -> str:
+    first, reference = rows[0], rows[0]["reference"]
     seeds = sorted({len(row["seeds"]) for row in rows})
     compared = (
         f" Vs reference: worst case minus that of {reference}, paired by image and seed; * where p < 0.05 after "

@@ -95,7 +95,7 @@ def collect(runs: Sequence[Run]) -> list[RunView]:
     """Return a view of each run.
 
     Raises:
-        InputError: if there is no run, or one is given twice.
+        InputError: if there is no run, one is given twice, or one is no experiment's.
         DataError: if a stored file is corrupt.
     """
     if not runs:
@@ -132,6 +132,11 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 def _view(run: Run, name: str) -> RunView:
     config = run.config()
+    if config.get("type") in ("suite", "museum"):
+        raise InputError(
+            f"expected runs of experiments for the page, got a {config['type']} at {run.path}; `bitquorum show` prints "
+            "its table"
+        )
     tables = config.get("arms", [])
     known = [str(arm["name"]) for arm in tables if isinstance(arm, dict) and "name" in arm]
     train = {path.parent.name: tuple(read_jsonl(path)) for path in sorted(run.path.glob("arms/*/train.jsonl"))}
