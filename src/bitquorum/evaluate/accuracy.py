@@ -62,9 +62,7 @@ def worst_of(correct: Bool[Tensor, "draws images"], tries: int) -> float:
     return float(chance.mean())
 
 
-def interval(
-    correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images"], *, z: float = 1.959964
-) -> Accuracy:
+def interval(correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images"], *, z: float = 1.959964) -> Accuracy:
     r"""Return the mean with a 95 % interval over images and draws.
 
     The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$,
