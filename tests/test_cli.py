@@ -54,6 +54,7 @@ COMMANDS = {
     "evaluate": "Attack a trained run",
     "plane": "Lay evaluated runs into the adversarial information plane",
     "detect": "Measure attack detectors on evaluated runs",
+    "certify": "Certify trained runs",
     "report": "Write one page about stored runs",
     "bench": "Train and attack a suite of defences under one ladder",
     "museum": "Climb the ladder with broken defences",
@@ -255,6 +256,12 @@ def test_the_museum_prints_its_table_and_show_and_list_know_it(tmp_path: Path):
     assert "the museum" in call("list", "--runs", folder)
     assert "gradient-killer" in call("show", "museum", "--runs", folder)
     assert "| gradient-killer |" in call("show", "museum", "--markdown", "--runs", folder)
+
+
+def test_a_radius_is_a_decimal_number_or_a_fraction():
+    from bitquorum.cli.attacks import _number
+
+    assert (_number("0.3"), _number("5/255"), _number("many")) == (0.3, "5/255", "many")
 
 
 def test_bench_compares_defences_and_show_and_list_know_it(tmp_path: Path):

@@ -211,7 +211,7 @@ def reproduced() -> list[list[str]]:
         for attack, value in published.items():
             row = rows[attack]
             measured = f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-            table.append([data, arm, attack, f"{value:.1f}", measured, str(row["images"])])
+            table.append([data, arm, attack, f"{value:.2f}", measured, str(row["images"])])
     return table
 
 

@@ -117,7 +117,8 @@ def _climb(
     from bitquorum.report import bracket, rungs
 
     chosen = ladder_named(name)
-    table = encode(chosen) | {"epsilons": epsilons or experiment.usual_epsilons(stored)}
+    given = [_number(epsilon) for epsilon in epsilons]
+    table = encode(chosen) | {"epsilons": given or experiment.usual_epsilons(stored)}
     chosen = decode(type(chosen), apply_overrides(table, overrides))
     with resumable(stored), bars() as listener:
         rows = experiment.climb_run(
@@ -130,3 +131,11 @@ def _climb(
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
     if failed:
         sys.exit(3)
+
+
+def _number(text: str) -> float | str:
+    """Return a decimal number; the registry reads fractions, and refuses what is neither."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
