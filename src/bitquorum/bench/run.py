@@ -1,5 +1,6 @@
 """Run a suite: compute the entries that are not stored yet, and keep their rows together."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ def bench(
         for entry in suite.entries():
             _take(entry, stored, place.root, known)
         missing = [entry for entry in suite.entries(only) if not _file(stored, entry).exists()]
-        failed = []
+        failed, started = [], time.monotonic()
         if missing:
             failed = _compute(missing, stored, place, pool)
-            stored.write_environment({"work": f"bench {', '.join(only) or 'all rows'}", "jobs": jobs})
+            facts = {"jobs": jobs, "seconds": round(time.monotonic() - started, 1)}
+            stored.write_environment({"work": f"bench {', '.join(only) or 'all rows'}", **facts})
         write_jsonl(stored.path / "metrics.jsonl", summary(stored))
     if failed:
         task, error = failed[0]
