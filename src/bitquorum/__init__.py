@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "APGD": "attacks",
     "Arm": "config",
+    "Certify": "certify",
     "DataChoice": "config",
     "Deterministic": "quantizers",
     "Ensemble": "ensemble",

@@ -5,6 +5,7 @@
 | `experiments` | `run`, `train`, `show`, `list`, `publish` |
 | `attacks` | `evaluate`, `museum` |
 | `bench` | `bench` |
+| `certify` | `certify` |
 | `insight` | `plane`, `detect`, `report` |
 | `machine` | `doctor`, `data list`, `data get` |
 """
@@ -14,7 +15,7 @@ import warnings
 
 from rich.markup import escape
 
-from bitquorum.cli import attacks, bench, experiments, insight, machine  # noqa: F401  # they register their commands
+from bitquorum.cli import attacks, bench, certify, experiments, insight, machine  # noqa: F401  # they register their commands
 from bitquorum.cli.printing import print_warning
 from bitquorum.cli.shared import app, err
 

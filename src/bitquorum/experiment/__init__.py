@@ -1,5 +1,6 @@
 """Run experiments into the store: build, train, attack; every part resumes where a kill left it."""
 
+from bitquorum.experiment.certify import attacked_epsilons, ceilings, certificates, certify_run
 from bitquorum.experiment.detect import detect_run, last_attack
 from bitquorum.experiment.ladder import climb_run, ladder_rows, ladders, usual_epsilons, verdicts
 from bitquorum.experiment.plane import correlations_of, plane_run
@@ -20,7 +21,11 @@ from bitquorum.experiment.runs import (
 from bitquorum.experiment.threats import evaluated_images
 
 __all__ = [
+    "attacked_epsilons",
     "build",
+    "ceilings",
+    "certificates",
+    "certify_run",
     "climb_run",
     "correlations_of",
     "create",

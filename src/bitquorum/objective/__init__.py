@@ -1,5 +1,6 @@
 """The training loss: a sum of named terms, each logged apart."""
 
+from bitquorum.objective.certified import IntervalBound
 from bitquorum.objective.distill import DVERGE
 from bitquorum.objective.diversity import ConditionalMI, FeatureMI, OutputMI
 from bitquorum.objective.layerwise import PARL
@@ -20,6 +21,7 @@ __all__ = [
     "EnsembleCrossEntropy",
     "FeatureMI",
     "InputGradient",
+    "IntervalBound",
     "MemberCrossEntropy",
     "Objective",
     "Orthogonality",

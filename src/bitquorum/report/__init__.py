@@ -1,6 +1,7 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
 from bitquorum.report.bench import bench_csv, bench_table, bench_tables, write_bench
+from bitquorum.report.certify import certificate_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
 from bitquorum.report.museum import museum_table, peer_table
@@ -14,6 +15,7 @@ __all__ = [
     "bench_table",
     "bench_tables",
     "bracket",
+    "certificate_table",
     "comparison",
     "correlation_table",
     "detection_table",
