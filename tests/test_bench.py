@@ -16,7 +16,7 @@ from bitquorum.config import presets
 from bitquorum.files import read_jsonl
 from bitquorum.interface import ConfigError, DataError, InputError
 from bitquorum.registry import decode, digest, encode
-from bitquorum.report import bench_csv, bench_table, bench_tables, write_bench, write_page
+from bitquorum.report import bench_csv, bench_files, bench_table, bench_tables, write_page
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet
 
@@ -239,7 +239,7 @@ def test_summary_over_seeds_by_hand():
     assert "difference" not in b
 
 
-def test_tables_order_rows_and_mark_adversarial_training(tmp_path):
+def test_tables_order_rows_and_mark_adversarial_training():
     rows = summarize(
         [
             _entry_row("weak", 0, [0.0, 0.1] * 10),
@@ -251,15 +251,15 @@ def test_tables_order_rows_and_mark_adversarial_training(tmp_path):
     table = bench_table(rows)
     assert [row[0] for row in table.rows] == ["strong", "weak", "trained (AT)"]
     assert table.rows[0][5] == "+80.0 [+75, +85]*"
-    assert table.rows[1][5] == "reference"
+    assert table.rows[1][5] == "ref"
     assert "20 test images" in table.note
     shown, costs = bench_tables(rows)
     assert [len(part.header) for part in (shown, costs)] == [7, 7]
     read = list(csv.DictReader(io.StringIO(bench_csv(rows))))
     assert float(read[2]["worst_value"]) == pytest.approx(0.85)
-    paths = write_bench(rows, "t<iny", tmp_path)
-    assert [path.name for path in paths] == ["table.md", "table.csv", "table.html"]
-    page = paths[2].read_text()
+    files = bench_files(rows, "t<iny")
+    assert list(files) == ["table.md", "table.csv", "table.html"]
+    page = files["table.html"]
     assert "t&lt;iny" in page
     assert "<script" not in page
     assert page.count('class="bar"') == 3

@@ -12,6 +12,7 @@ from bitquorum.bench.summary import summarize
 from bitquorum.files import atomic_write, json_row, read_jsonl, write_jsonl
 from bitquorum.interface import BitquorumError, ConfigError, DataError, InputError
 from bitquorum.registry import decode, digest, encode
+from bitquorum.report import bench_files
 from bitquorum.store import Run
 
 Pool = Callable[[Sequence[Task], Place], Iterator[Outcome]]
@@ -53,14 +54,17 @@ def bench(
             failed = _compute(missing, stored, place, pool)
             facts = {"jobs": jobs, "seconds": round(time.monotonic() - started, 1)}
             stored.write_environment({"work": f"bench {', '.join(only) or 'all rows'}", **facts})
-        write_jsonl(stored.path / "metrics.jsonl", summary(stored))
+        rows = summary(stored)
+        write_jsonl(stored.path / "metrics.jsonl", rows)
+        for name, text in bench_files(rows, suite.name).items():
+            atomic_write(stored.path / name, text)
     if failed:
         task, error = failed[0]
         raise DataError(
             f"expected every entry to be computed, got {len(failed)} that failed, first {title(task)}: {error}; "
             "the same command tries these again"
         )
-    return stored, summary(stored)
+    return stored, rows
 
 
 def stored_suite(stored: Run) -> Suite:

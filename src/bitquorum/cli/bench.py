@@ -41,7 +41,7 @@ def bench(
     from bitquorum.bench import Place, read_suite
     from bitquorum.bench import bench as compare
     from bitquorum.registry import encode
-    from bitquorum.report import bench_tables, write_bench
+    from bitquorum.report import bench_tables
     from bitquorum.store import Run
 
     chosen = read_suite(suite, overrides or [])
@@ -51,5 +51,4 @@ def bench(
         stored, rows = compare(chosen, place, only=only or (), known=known or (), jobs=jobs, cluster=cluster)
     for table in bench_tables(rows):
         print_table(table)
-    write_bench(rows, chosen.name, stored.path)
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)

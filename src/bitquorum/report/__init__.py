@@ -1,6 +1,6 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
-from bitquorum.report.bench import bench_csv, bench_table, bench_tables, write_bench
+from bitquorum.report.bench import bench_csv, bench_files, bench_table, bench_tables
 from bitquorum.report.certify import certificate_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
@@ -12,6 +12,7 @@ from bitquorum.report.tables import Table, comparison, environments, epsilon_lab
 __all__ = [
     "Table",
     "bench_csv",
+    "bench_files",
     "bench_table",
     "bench_tables",
     "bracket",
@@ -29,7 +30,6 @@ __all__ = [
     "rejection_table",
     "rejections",
     "rungs",
-    "write_bench",
     "write_figures",
     "write_page",
 ]

@@ -4,14 +4,12 @@ import csv
 import io
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, Final
 
-from bitquorum.files import atomic_write
 from bitquorum.report.page.markup import Html, element, grid
 from bitquorum.report.tables import Table, epsilon_label
 
-_SHOWN: Final = ("defence", "members", "clean", "claim", "worst case", "vs reference", "detector")
+_SHOWN: Final = ("defence", "members", "clean", "claim", "worst", "vs ref", "detect")
 _COSTS: Final = ("KiB", "M MAC", "G bit-op", "train s", "ms/image", "failed checks")
 
 _STYLE: Final = """
@@ -37,18 +35,14 @@ def bench_tables(rows: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
     )
 
 
-def write_bench(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> list[Path]:
-    """Write the table as Markdown, CSV and one HTML file, and return their paths."""
+def bench_files(rows: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
+    """Return the table of a suite as Markdown, CSV and one HTML file: contents by file name."""
     table = bench_table(rows)
-    contents = {
-        "md": f"{table.markdown()}\n\n{table.note}\n",
-        "csv": bench_csv(rows),
-        "html": _document(table, [row["worst"] for row in _ordered(rows)], name),
+    return {
+        "table.md": f"{table.markdown()}\n\n{table.note}\n",
+        "table.csv": bench_csv(rows),
+        "table.html": _document(table, [row["worst"] for row in _ordered(rows)], name),
     }
-    paths = [folder / f"table.{kind}" for kind in contents]
-    for path, text in zip(paths, contents.values(), strict=True):
-        atomic_write(path, text)
-    return paths
 
 
 def bench_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -72,7 +66,7 @@ def _accuracies(row: dict[str, Any]) -> tuple[str, ...]:
         row["title"] + (" (AT)" if row["adversarial"] else ""),
         row["members"],
         *(_accuracy(row[name]) for name in ("clean", "claim", "worst")),
-        "reference" if row["title"] == row["reference"] else _difference(row.get("difference")),
+        "ref" if row["title"] == row["reference"] else _difference(row.get("difference")),
         "-" if tpr is None else f"{100 * tpr:.0f}",
     )
 
@@ -103,15 +97,15 @@ def _note(rows: Sequence[dict[str, Any]]) -> str:
     first, reference = rows[0], rows[0]["reference"]
     seeds = sorted({len(row["seeds"]) for row in rows})
     compared = (
-        f" Vs reference: worst case minus that of {reference}, paired by image and seed; * where p < 0.05 after "
+        f" Vs ref: worst case minus that of {reference}, paired by image and seed; * where p < 0.05 after "
         "Holm's correction."
         if reference
         else ""
     )
     return (
         f"Accuracy in % at {epsilon_label(first['epsilon'])} on {first['images']} test images, {first['draws']} fresh "
-        f"draws and {' or '.join(map(str, seeds))} seeds of training, with 95 % intervals over images and seeds. "
-        f"Claim: PGD through the quantizers alone. Worst case: over the {first['ladder']} ladder.{compared} Detector: "
+        f"draws and {' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} of training, with 95 % intervals over images and seeds. "
+        f"Claim: PGD through the quantizers alone. Worst: over the {first['ladder']} ladder.{compared} Detect: "
         "true positives in % at 5 % false positives among the worst images that fool, by attacks that do not know it. "
         "AT: adversarial images enter the training. KiB, MAC, bit-op: of one prediction, weights at their bits. "
         f"Times: on one machine, {first['device']}, {first['threads']} threads."
@@ -132,7 +126,7 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _document(table: Table, worst: Sequence[dict[str, Any]], name: str) -> str:
     """Return the table as one file without scripts; a bar under each worst case makes rows comparable at a glance."""
     style = resources.files("bitquorum.report.page").joinpath("page.css").read_text(encoding="utf-8")
-    column, rows = table.header.index("worst case"), []
+    column, rows = table.header.index("worst"), []
     for row, found in zip(table.rows, worst, strict=True):
         bar = element("span", class_="bar", style=f"width: {100 * found['value']:.1f}%", aria_hidden="true")
         rows.append((*row[:column], Html(element("span", row[column]) + bar), *row[column + 1 :]))
