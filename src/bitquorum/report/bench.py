@@ -104,8 +104,8 @@ def _note(rows: Sequence[dict[str, Any]]) -> str:
     )
     return (
         f"Accuracy in % at {epsilon_label(first['epsilon'])} on {first['images']} test images, {first['draws']} fresh "
-        f"draws and {' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} of training, with 95 % intervals "
-        "over images and seeds. "
+        f"draws and {' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} of training, with 95 % "
+        "intervals over images and seeds. "
         f"Claim: PGD through the quantizers alone. Worst: over the {first['ladder']} ladder.{compared} Detect: "
         "true positives in % at 5 % false positives among the worst images that fool, by attacks that do not know it. "
         "AT: adversarial images enter the training. KiB, MAC, bit-op: of one prediction, weights at their bits. "
