@@ -1,5 +1,6 @@
 """Quantize networks as DoReFa-Net and PACT do: the deterministic quantizers of the peers."""
 
+from abc import ABC
 from dataclasses import dataclass
 from typing import final
 
@@ -26,9 +27,24 @@ def unit_tanh(weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return squashed / squashed.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _LowBit(Conversion, ABC):
+    weight_bits: int = 4
+    activation_bits: int = 4
+
+    def __post_init__(self) -> None:
+        for bits in (self.weight_bits, self.activation_bits):
+            Quantizer(bits)  # refuses bits that it does not have
+
+    @property
+    def label(self) -> str:
+        """The precision in short: `w4a4`."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
-class Dorefa(Conversion):
+class Dorefa(_LowBit):
     r"""Quantize the weights of layers and what enters them as DoReFa-Net does.
 
     $$w_q = 2\, q(w' / 2 + 1/2) - 1, \quad w' = \tanh(w) / \max |\tanh(w)|, \quad x_q = q(\mathrm{clip}(x, 0, 1)), \quad
@@ -52,19 +68,9 @@ class Dorefa(Conversion):
         last: Whether the last layer is quantized too.
     """
 
-    weight_bits: int = 4
-    activation_bits: int = 4
     first: bool = False
     linear: bool = False
     last: bool = False
-
-    def __post_init__(self) -> None:
-        _check_bits(self.weight_bits, self.activation_bits)
-
-    @property
-    def label(self) -> str:
-        """The precision in short: `w4a4`."""
-        return f"w{self.weight_bits}a{self.activation_bits}"
 
     def __call__(self, network: nn.Module) -> nn.Module:
         """Return a quantized copy of `network`."""
@@ -84,7 +90,7 @@ class Dorefa(Conversion):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Pact(Conversion):
+class Pact(_LowBit):
     r"""Quantize activations up to a learned clipping level, and weights as DoReFa-Net does.
 
     $$y = \mathrm{clip}(x, 0, \alpha), \quad y_q = \mathrm{round}(y (2^k - 1) / \alpha)\, \alpha / (2^k - 1)$$
@@ -103,17 +109,6 @@ class Pact(Conversion):
     Raises:
         InputError: in the call, for a network with other activations than ReLU.
     """
-
-    weight_bits: int = 4
-    activation_bits: int = 4
-
-    def __post_init__(self) -> None:
-        _check_bits(self.weight_bits, self.activation_bits)
-
-    @property
-    def label(self) -> str:
-        """The precision in short: `w4a4`."""
-        return f"w{self.weight_bits}a{self.activation_bits}"
 
     def __call__(self, network: nn.Module) -> nn.Module:
         """Return a quantized copy of `network`."""
@@ -144,8 +139,3 @@ def _unit(bits: int) -> Quantizer:
 def _layer(layer: Weighted, bits: int, inputs: Quantizer | None) -> QuantLayer:
     quantizer = Quantizer(bits, grid="symmetric", high=1.0, law=Deterministic())
     return QuantLayer(layer, quantizer, transform=unit_tanh, inputs=inputs)
-
-
-def _check_bits(*bits: int) -> None:
-    for count in bits:
-        Quantizer(count)

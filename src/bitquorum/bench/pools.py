@@ -13,7 +13,6 @@ from bitquorum.bench.suite import Entry
 from bitquorum.config import Experiment
 from bitquorum.experiment import train
 from bitquorum.interface import BitquorumError, Listener
-from bitquorum.registry import decode, encode
 
 Task: TypeAlias = Experiment | Entry
 Outcome: TypeAlias = tuple[Task, BitquorumError | None]
@@ -72,9 +71,7 @@ def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]
         with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads,)) as pool:
             futures = {}
             for task in tasks:
-                kind = "entry" if isinstance(task, Entry) else "experiment"
-                call = pool.submit(_do, kind, encode(task), str(place.root), place.device, place.data_root)
-                futures[call] = task
+                futures[pool.submit(_do, task, place.root, place.device, place.data_root)] = task
             try:
                 for number, future in enumerate(as_completed(futures), start=1):
                     error = future.exception()
@@ -95,6 +92,5 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _do(kind: str, table: dict[str, Any], root: str, device: str, data_root: Path | None) -> None:
-    task = decode(Entry, table) if kind == "entry" else decode(Experiment, table)
-    do(task, Place(root=Path(root), device=device, data_root=data_root))
+def _do(task: Task, root: Path, device: str, data_root: Path | None) -> None:
+    do(task, Place(root=root, device=device, data_root=data_root))

@@ -1,5 +1,6 @@
 """Bring the seeds of each row together: accuracies with intervals, and differences from a reference with their sign."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -56,11 +57,10 @@ def _rates(group: Sequence[dict[str, Any]], name: str) -> Float[Tensor, "seeds i
 
 
 def _most(group: Sequence[dict[str, Any]]) -> str:
-    """Return the rung that broke most images, behind the clean ones and the claim."""
-    counts: dict[str, int] = {}
+    """Return the rung that broke most images, `clean` where most were wrong from the start."""
+    counts: Counter[str] = Counter()
     for entry in group:
-        for rung, count in list(entry["broken_by"].items()):
-            counts[rung] = counts.get(rung, 0) + count
+        counts.update(entry["broken_by"])
     return max(counts, key=lambda rung: counts[rung], default="")
 
 
