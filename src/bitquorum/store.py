@@ -52,7 +52,7 @@ class Run:
         """
         if not _NAME.fullmatch(name):
             raise InputError(f"expected a run name of letters, digits, '.', '_' and '-', got {name!r}; rename it")
-        run = cls(path=Path(root) / f"{name}-{digest(config)}")
+        run = cls(path=cls.place(root, name, config))
         text = to_toml(config)
         if not (run.path / "config.toml").exists():
             atomic_write(run.path / "config.toml", text)
@@ -62,6 +62,11 @@ class Run:
                 "remove the folder or restore the file"
             )
         return run
+
+    @staticmethod
+    def place(root: Path | str, name: str, config: Mapping[str, Any]) -> Path:
+        """Return the folder of the run of a name and config, whether it is there or not."""
+        return Path(root) / f"{name}-{digest(config)}"
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
@@ -120,6 +125,14 @@ class Run:
             return tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
+
+    @property
+    def kind(self) -> str:
+        """The type of the stored config, such as `experiment` or `suite`; empty where it cannot be read."""
+        try:
+            return str(self.config().get("type", ""))
+        except DataError:
+            return ""
 
     def publish(self, target: Path | str) -> None:
         """Copy config, environment, rows and tables to a folder: no weights, no images.

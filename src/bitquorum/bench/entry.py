@@ -67,7 +67,7 @@ def entry_folder(entry: Entry, root: Path) -> Path:
 
 def training_folder(experiment: Experiment, root: Path) -> Path:
     """Return where a training lies."""
-    return root / CELLS / f"{experiment.name}-{digest(experiment)}"
+    return Run.place(root / CELLS, experiment.name, encode(experiment))
 
 
 def _measure(

@@ -89,10 +89,7 @@ def summary(stored: Run) -> list[dict[str, Any]]:
 
 def is_bench(stored: Run) -> bool:
     """Return whether a run is that of a suite."""
-    try:
-        return stored.config().get("type") == "suite"
-    except DataError:
-        return False
+    return stored.kind == "suite"
 
 
 def _pool(jobs: int, cluster: str | None) -> Pool:

@@ -13,7 +13,7 @@ from bitquorum.evaluate import Arena, Examples, Ladder, interval, ladder_named
 from bitquorum.evaluate.anymodel import Report, evaluate_model
 from bitquorum.files import read_jsonl, write_jsonl
 from bitquorum.foreign import Wrapped, wrap
-from bitquorum.interface import ConfigError, DataError, Listener, Method
+from bitquorum.interface import ConfigError, Listener, Method
 from bitquorum.museum.exhibits import EPSILON, NAMES, Exhibit, exhibits
 from bitquorum.peers import PeerError, check_peer, second_opinion, version_of
 from bitquorum.registry import encode, nearest
@@ -85,10 +85,7 @@ def museum_rows(stored: Run) -> list[dict[str, Any]]:
 
 def is_museum(stored: Run) -> bool:
     """Return whether a run is a visit to the museum."""
-    try:
-        return stored.config().get("type") == "museum"
-    except DataError:
-        return False
+    return stored.kind == "museum"
 
 
 def _file(stored: Run, name: str) -> Path:
