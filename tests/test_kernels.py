@@ -5,19 +5,36 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from bitquorum import kernels, rng
 from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
 from bitquorum.kernels import choice, layout, noise
-from bitquorum.quantizers import Gaussian, Logistic, Quantizer, StochasticRounding
+from bitquorum.layers import QuantLayer
+from bitquorum.quantizers import (
+    Deterministic,
+    Gaussian,
+    Logistic,
+    Quantizer,
+    SmoothRounding,
+    StochasticRounding,
+    Surrogate,
+)
 from bitquorum.quantizers import mean as sums
+from bitquorum.zoo import BatchNorm
 
-LAWS = {"logistic": Logistic(), "gaussian": Gaussian(), "uniform": StochasticRounding()}
-SMOOTH = {"logistic": (17.0, 0.25), "gaussian": (5.5, 0.45)}
+LAWS = {
+    "logistic": Logistic(),
+    "gaussian": Gaussian(),
+    "smooth-rounding": SmoothRounding(),
+    "uniform": StochasticRounding(),
+}
+SMOOTH = {"logistic": (17.0, 0.25), "gaussian": (5.5, 0.45), "smooth-rounding": (17.0, 0.193)}
 needs_compiler = pytest.mark.skipif(not kernels.compiler_available(), reason="no C++ compiler, or no Python headers")
 
 
@@ -53,6 +70,10 @@ def exact(z: torch.Tensor, law, top: int, scale: float) -> tuple[torch.Tensor, t
     if law == "logistic":
         density = torch.sigmoid(y) * torch.sigmoid(-y)
         return density.sum(-1) / scale, -(density * (y / 2).tanh()).sum(-1) / scale**2
+    if law == "smooth-rounding":
+        low = -y.abs()
+        s, t = torch.sigmoid(low + 0.5 / scale), torch.sigmoid(low - 0.5 / scale)
+        return (s - t).sum(-1), -((s * (1 - s) - t * (1 - t)) * y.sign()).sum(-1) / scale
     density = torch.exp(-y.square() / 2) / (2 * torch.pi) ** 0.5
     return density.sum(-1) / scale, -(density * y).sum(-1) / scale**2
 
@@ -305,7 +326,7 @@ def test_compiled_code_takes_float32_on_known_devices_alone(monkeypatch):
 
 @needs_compiler
 def test_compiled_noise_has_the_same_bits(compiled):
-    halves = noise._halves(keys_of(7))
+    halves = noise.key_halves(keys_of(7))
     for count in (2, 16, 1003):
         counter = torch.arange(count, dtype=torch.int32)
         assert torch.equal(choice.call(noise._uniform, halves, counter), noise._uniform(halves, counter))
@@ -383,3 +404,106 @@ def test_every_compiled_kernel_equals_its_plain_twin(compiled, law, top):
     assert float((codes != plain).float().mean()) < 1e-5
     for result, expected in zip(compiled_results, plain_results, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-5)
+
+
+# One pass for the quantizer, for batch norm and for the second derivatives of convolutions
+
+
+def derivatives(function, x, *parameters):
+    """Return a result, and the gradients of a loss that holds the result and the gradient of x."""
+    out = function(x)
+    slopes = torch.linspace(0.5, 1.5, out.numel()).view_as(out)
+    (first,) = torch.autograd.grad((out.float().square() * slopes).sum(), x, create_graph=True)
+    loss = first.float().abs().sum() + (out.float() * slopes).sum()
+    return [out.detach(), first.detach(), *torch.autograd.grad(loss, (x, *parameters))]
+
+
+def close(results, expected, rtol=1e-4):
+    for result, known in zip(results, expected, strict=True):
+        assert result.dtype == known.dtype
+        torch.testing.assert_close(result, known, rtol=rtol, atol=rtol * float(known.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("law", SMOOTH)
+@pytest.mark.parametrize("grid", ["one-sided", "two-sided"])
+def test_the_fused_quantizer_equals_the_plain_one(compiled, law, grid, monkeypatch):
+    quantizer = Quantizer(3, grid=grid, low=-0.3, high=2.0, law=LAWS[law])
+    x = (values(6, 4, 5, 7, top=3) - 1).to(memory_format=torch.channels_last).requires_grad_()
+
+    def run(x):
+        with rng.draw([4, 5]):
+            return quantizer(x * 1)
+
+    fused = derivatives(run, x)
+    assert bool(torch.isin(fused[0], quantizer.levels()).all())
+    assert fused[0].is_contiguous(memory_format=torch.channels_last)
+    half = derivatives(run, x.detach().bfloat16().requires_grad_())
+    monkeypatch.setattr(kernels, "quantize", None)  # would fail where it is called
+    kernels.use("eager")
+    plain = derivatives(run, x)
+    assert torch.equal(fused[0], plain[0])
+    close(fused, plain)
+    close(half[:2], derivatives(run, x.detach().bfloat16().requires_grad_())[:2], rtol=2e-2)
+
+
+@needs_compiler
+def test_a_surrogate_changes_the_gradient_of_the_fused_quantizer(compiled):
+    quantizer = Quantizer(2, grid="one-sided", high=3.0)
+    for surrogate in (Surrogate(width=2.0), Surrogate(backward="straight-through")):
+        results = []
+        for mode in ("compiled", "eager"):
+            x = values(4, 9, top=3).requires_grad_()
+            with kernels.use(mode), surrogate(), rng.draw(3):
+                out = quantizer(x)
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), x)])
+        close(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2, "bias": False}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_second_derivatives_of_convolutions_are_those_of_torch(options, layout):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, **options).double().to(memory_format=layout)
+    layer = QuantLayer(conv, Quantizer(8, grid="symmetric", law=Deterministic()))
+    weight = layer.quantizer(conv.weight).detach().requires_grad_()
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    assert kernels.fits_convolution(conv, x)
+    known = derivatives(lambda x: conv._conv_forward(x, weight, conv.bias), x, weight)
+    close(derivatives(lambda x: kernels.convolve(conv, x, weight), x, weight), known, rtol=1e-9)
+    close(derivatives(layer, x, conv.weight), derivatives(lambda x: native(layer, x), x, conv.weight), rtol=1e-9)
+    # A loss of the gradient of the weight reaches everything too.
+    outcomes = []
+    for function in (lambda: kernels.convolve(conv, x, weight), lambda: conv._conv_forward(x, weight, conv.bias)):
+        (first,) = torch.autograd.grad(function().square().sum(), weight, create_graph=True)
+        outcomes.append(torch.autograd.grad(first.square().sum(), (x, weight)))
+    close(*outcomes, rtol=1e-9)
+
+
+def native(layer, x):
+    conv = layer.layer
+    return F.conv2d(x, layer.quantizer(conv.weight), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_batch_norm_equals_that_of_torch(compiled, dtype):
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(5), nn.BatchNorm2d(5)
+    with torch.no_grad():
+        for norm in (ours, theirs):
+            norm.weight.copy_(torch.linspace(0.5, 2, 5))
+            norm.bias.copy_(torch.linspace(-1, 1, 5))
+            norm.running_mean.fill_(90.0)
+    x = (torch.randn(6, 5, 7, 8) * 3 + 100).to(memory_format=torch.channels_last)
+    x = x.to(dtype).requires_grad_()
+    calls = counters["stats"]["calls_captured"]
+    results = derivatives(ours, x, ours.weight, ours.bias)
+    assert counters["stats"]["calls_captured"] > calls, "it ran plainly"
+    wide = x.detach().float().requires_grad_()
+    known = derivatives(theirs, wide, theirs.weight, theirs.bias)
+    known[:3] = [tensor.to(dtype) for tensor in known[:3]]
+    close(results, known, rtol=1e-3 if dtype == torch.float32 else 3e-2)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.eval()(wide), theirs.eval()(wide), rtol=1e-4, atol=1e-4)

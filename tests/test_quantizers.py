@@ -17,14 +17,29 @@ from torch.autograd import gradcheck, gradgradcheck
 from bitquorum import rng
 from bitquorum.information import PlugIn
 from bitquorum.interface import GradientMaskingWarning, InputError
-from bitquorum.quantizers import Deterministic, Gaussian, Grid, Law, Logistic, Quantizer, StochasticRounding, Surrogate
+from bitquorum.quantizers import (
+    Deterministic,
+    Gaussian,
+    Grid,
+    Law,
+    Logistic,
+    Quantizer,
+    SmoothRounding,
+    StochasticRounding,
+    Surrogate,
+)
 from bitquorum.registry import registered
 from bitquorum.testing import check_quantizer
 
 FAMILY: Any = Law
 LAWS = {name: law() for name, law in registered(FAMILY).items()}
 NOISY = {name: law for name, law in LAWS.items() if law.stochastic}
-SMOOTH = {"logistic": Logistic(), "logistic wide": Logistic(scale=0.7), "gaussian": Gaussian()}
+SMOOTH = {
+    "logistic": Logistic(),
+    "logistic wide": Logistic(scale=0.7),
+    "gaussian": Gaussian(),
+    "smooth-rounding": SmoothRounding(),
+}
 METHOD_SLOPES = {0.05: 0.002, 0.10: 0.13, 0.15: 0.44, 0.20: 0.71, 0.25: 0.86, 0.30: 0.94}
 
 every_law = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
@@ -56,6 +71,11 @@ def cdf(law, y):
         return 1 / (1 + math.exp(-y / law.scale)) if y > -700 * law.scale else 0.0
     if isinstance(law, Gaussian):
         return 0.5 * math.erfc(-y / law.scale / math.sqrt(2))
+    if isinstance(law, SmoothRounding):
+        above, below = (
+            math.log1p(math.exp(-abs(t))) + max(t, 0.0) for t in ((y + 0.5) / law.scale, (y - 0.5) / law.scale)
+        )
+        return law.scale * (above - below)
     return min(max(y + 0.5, 0.0), 1.0)
 
 

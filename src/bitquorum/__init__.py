@@ -28,6 +28,7 @@ _HOME = {
     "Ladder": "evaluate",
     "Gaussian": "quantizers",
     "Logistic": "quantizers",
+    "SmoothRounding": "quantizers",
     "Objective": "objective",
     "PGD": "attacks",
     "Policy": "conversion",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
@@ -60,7 +60,8 @@ class Policy(Conversion):
         activation_law: Noise law of the activations, drawn per element.
         image_bits: Bits of the image on [0, 1]; `None` leaves it as it is.
         image_law: Noise law of the image.
-        learned: Whether ranges of weights and activations are trained.
+        learned: Whether ranges are trained: of weights and activations, of `weights` alone, or of none. Ranges of
+            activations that are not trained are those of the calibration, and take the fastest code.
         per_channel: Whether weights have one range per output channel.
         overrides: Exceptions; the last match wins.
     """
@@ -71,9 +72,13 @@ class Policy(Conversion):
     activation_law: Law = field(default_factory=Logistic)
     image_bits: int | None = None
     image_law: Law = field(default_factory=Logistic)
-    learned: bool = True
+    learned: bool | Literal["weights"] = True
     per_channel: bool = True
     overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.learned not in (True, False, "weights"):
+            raise InputError(f"expected learned among true, false and 'weights', got {self.learned!r}")
 
     def __call__(self, network: nn.Module) -> nn.Module:
         """Return a quantized copy of `network`, as `convert(network, self)` does; a plain copy for a float policy."""
@@ -378,7 +383,7 @@ def _quantized(module: nn.Module, name: str, bits: _Bits, policy: Policy) -> nn.
             count,
             grid="symmetric",
             law=policy.weight_law,
-            learned=policy.learned,
+            learned=policy.learned is not False,
             channels=module.weight.shape[0] if policy.per_channel else None,
             axis=0,
         )
@@ -395,6 +400,6 @@ def _quantized(module: nn.Module, name: str, bits: _Bits, policy: Policy) -> nn.
         low=facts.low,
         high=facts.high,
         law=policy.activation_law,
-        learned=policy.learned,
+        learned=policy.learned is True,
     )
     return QuantActivation(module, quantizer, absorbed=facts.absorbed)

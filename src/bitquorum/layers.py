@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.interface import InputError
 from bitquorum.quantizers import Quantizer, twin
 
@@ -125,6 +125,8 @@ class QuantLayer(nn.Module):
     def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, weight, self.layer.bias)
+        if isinstance(self.layer, nn.Conv2d) and kernels.fits_convolution(self.layer, x):
+            return kernels.convolve(self.layer, x, weight)
         return self.layer._conv_forward(x, weight, self.layer.bias)  # knows the padding modes
 
 

@@ -15,7 +15,7 @@ from bitquorum.interface import InputError
 from bitquorum.layers import WEIGHTED, QuantActivation, QuantImage, QuantLayer, Weighted
 from bitquorum.quantizers import Quantizer
 from bitquorum.randomized import AddedNoise, RangeNoise
-from bitquorum.zoo import BasicBlock, Normalize, PadShortcut, PreActBlock
+from bitquorum.zoo import BasicBlock, BatchNorm, Normalize, PadShortcut, PreActBlock
 
 Rule: TypeAlias = Callable[[Any, Node, Scope], Node]
 
@@ -198,7 +198,7 @@ RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), _pool),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool2d), _maximum),
     **dict.fromkeys((nn.Flatten, PadShortcut), _rows),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
+    **dict.fromkeys((BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
     **dict.fromkeys((Quantizer, AddedNoise, RangeNoise), lambda module, node, scope: quantize(node, module, scope)),
     nn.Sequential: _sequence,
     nn.GroupNorm: _group_norm,

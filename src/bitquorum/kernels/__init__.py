@@ -6,6 +6,9 @@
 | `layout` | views of a tensor in the order of its memory, so that no layout costs a copy |
 | `noise` | counter-based uniform noise, and the draw of a code |
 | `mean` | slope and curvature of the mean code |
+| `quantize` | draw, decoding and both derivatives in one pass each |
+| `normalize` | batch normalization whose second derivatives are one pass each |
+| `convolution` | convolutions whose second derivatives cost what the first ones do |
 
 A kernel is one pure torch function. Plainly it runs block by block inside the cache; compiled, `torch.compile` fuses it
 into one pass (inductor: C++ on a CPU, Triton on CUDA; see `benchmarks/quantizer.py`). Compilation takes some seconds
@@ -23,17 +26,27 @@ float32; every other type runs plainly.
 """
 
 from bitquorum.kernels.choice import Mode, compiler_available, mode, use
+from bitquorum.kernels.convolution import convolve, fits_convolution
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
 from bitquorum.kernels.noise import LawName, draw, uniform
+from bitquorum.kernels.normalize import fits_normalization, normalize
+from bitquorum.kernels.quantize import MeanCode, fits_quantization, quantize
 
 __all__ = [
     "LawName",
+    "MeanCode",
     "Mode",
     "SmoothLawName",
     "compiler_available",
+    "convolve",
     "draw",
     "fits",
+    "fits_convolution",
+    "fits_normalization",
+    "fits_quantization",
     "mode",
+    "normalize",
+    "quantize",
     "slope",
     "slope_and_curvature",
     "uniform",

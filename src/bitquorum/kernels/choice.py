@@ -83,11 +83,11 @@ def compiler_available(device: str = "cpu") -> bool:
     return False
 
 
-def applies(z: Tensor) -> bool:
-    """Return whether a compiled kernel may handle `z`: chosen, float32, and not itself being traced."""
+def applies(z: Tensor, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Return whether a compiled kernel for these types may handle `z`: chosen, and not itself being traced."""
     return (
         _State.mode == "compiled"
-        and z.dtype == torch.float32
+        and z.dtype in types
         and z.numel() > 1
         and z.device.type not in _State.failed
         and compiler_available(z.device.type)

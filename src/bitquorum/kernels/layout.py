@@ -28,6 +28,11 @@ def unflatten(flat: Tensor, like: Tensor, first: int = 0) -> Tensor:
     return flat.unflatten(first, [like.shape[axis] for axis in order]).permute(*range(first), *back)
 
 
+def like_layout(x: Tensor, like: Tensor) -> Tensor:
+    """Return `x` in the memory order of another tensor of its shape: itself, or a copy."""
+    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
 def logical_index(shape: torch.Size, order: tuple[int, ...], device: torch.device) -> Int[Tensor, "count"]:
     """Return the logical (row-major) number of each element of a tensor, listed in memory order."""
     with torch.inference_mode(False):

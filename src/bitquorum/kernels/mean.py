@@ -4,10 +4,12 @@ With the mean code $M(z) = \sum_k F(z - k - 1/2)$ these are $M'(z)$ and $M''(z)$
 range by symmetry about $\mathrm{top} / 2$, where no difference of numbers near one occurs: exact to rounding in both
 tails. The sum runs over all thresholds, or over a window that holds every threshold nearer than the law's reach; the
 rest contribute less than 1e-7. The logistic law takes one exponential for all thresholds, since
-$\sigma((x - t) / \rho) = a / (a + c)$ with $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$.
+$\sigma((x - t) / \rho) = a / (a + c)$ with $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$. The sum of smooth
+rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$.
 """
 
 import math
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Literal, TypeAlias, no_type_check
 
@@ -18,10 +20,10 @@ from torch import Tensor
 from bitquorum.interface import InputError
 from bitquorum.kernels import choice, layout
 
-SmoothLawName = Literal["logistic", "gaussian"]
+SmoothLawName = Literal["logistic", "gaussian", "smooth-rounding"]
 Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, where a number would be a constant
 
-_REACH = {"logistic": 17.0, "gaussian": 5.5}  # in scales; beyond, the density is below 1e-7
+_REACH = {"logistic": 17.0, "gaussian": 5.5}  # in scales; beyond, the density is below 1e-7; the third has closed sums
 _LARGEST = 80.0  # of the exponents, for float32
 _UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
 
@@ -37,7 +39,7 @@ def slope(z: Float[Tensor, "*shape"], *, law: SmoothLawName, top: int, scale: fl
 
     Args:
         z: Values in steps above the lowest level.
-        law: `logistic` or `gaussian`.
+        law: `logistic`, `gaussian` or `smooth-rounding`.
         top: The largest code.
         scale: Of the noise, in steps.
 
@@ -71,12 +73,25 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
     half = _half(law, top, scale)
     table = _table(law, top, half, scale)
     constants = {"law": law, "top": top, "half": half, "order": order}
-    if len(table) <= _UNROLLED + 2 and choice.applies(z):
+    if compiles(law, top, scale) and choice.applies(z):
         flat = layout.flatten(z.detach()).contiguous()
-        results = choice.call(_sums, flat, _on_device(table, z.device), **constants)
+        results = choice.call(sums, flat, _on_device(table, z.device), **constants)
         if results is not None:
             return [layout.unflatten(result, z) for result in results]
-    return layout.by_blocks(z, lambda part: _sums(part, table, **constants), order)
+    return layout.by_blocks(z, lambda part: sums(part, table, **constants), order)
+
+
+def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
+    """Return whether the sums are short enough for compiled code, and inside float32."""
+    return fits(law, top, scale) and len(_table(law, top, _half(law, top, scale), scale)) <= _UNROLLED + 2
+
+
+def compiled_table(
+    law: SmoothLawName, top: int, scale: float, device: torch.device
+) -> tuple[Float[Tensor, "entries"], dict[str, Hashable]]:
+    """Return the table of numbers and the constants that `sums` takes in compiled code, but for its order."""
+    half = _half(law, top, scale)
+    return _on_device(_table(law, top, half, scale), device), {"law": law, "top": top, "half": half}
 
 
 def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
@@ -85,6 +100,8 @@ def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
 
 def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
     """Return the half width of the window, or `None` to sum all thresholds, which need no mask."""
+    if law == "smooth-rounding":
+        return None
     half = math.ceil(_REACH[law] * scale) + 1
     count = 2 * half + 1
     cheaper = 3 * count >= 2 * top and _exponents_fit(law, top / 2, scale)
@@ -94,6 +111,8 @@ def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
 @lru_cache(maxsize=256)
 def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
     """Return 1 / scale, the least argument in scales, and a constant for each threshold."""
+    if law == "smooth-rounding":
+        return (1 / scale,)
     if half is None:
         offsets = [k + 0.5 - top / 2 for k in range(top)]
         least = offsets[0] / scale - 30.0
@@ -114,7 +133,7 @@ def _on_device(table: tuple[float, ...], device: torch.device) -> Float[Tensor, 
 
 
 @no_type_check
-def _sums(
+def sums(
     z: Float[Tensor, "count"],
     table: Table,
     *,
@@ -123,6 +142,9 @@ def _sums(
     half: int | None,
     order: int,
 ) -> tuple[Float[Tensor, "count"], ...]:
+    """Return the slope and, for order 2, the curvature."""
+    if law == "smooth-rounding":
+        return _smooth_rounding(z, table, top, order)
     x = torch.minimum(z, top - z)
     anchor = None if half is None else x.floor().clamp_(min=-half - 1)
     x.sub_(top / 2 if half is None else anchor).mul_(table[0]).clamp_(min=table[1])
@@ -131,6 +153,15 @@ def _sums(
     if order == 2:
         sums[1].mul_(table[0]).mul_(table[0]).mul_((top - 2 * z).sign_())
     return sums
+
+
+@no_type_check
+def _smooth_rounding(z: Tensor, table: Table, top: int, order: int) -> tuple[Tensor, ...]:
+    x = torch.minimum(z, top - z)
+    s, t = torch.sigmoid(x * table[0]), torch.sigmoid((x - top) * table[0])
+    if order == 1:
+        return (s - t,)
+    return s - t, (s * (1 - s) - t * (1 - t)) * table[0] * (top - 2 * z).sign()
 
 
 @no_type_check

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitquorum.kernels import choice, layout
 
-LawName = Literal["logistic", "gaussian", "uniform"]
+LawName = Literal["logistic", "gaussian", "smooth-rounding", "uniform"]
 
 _BLOCK = 2 * layout.BLOCK
 # Giles, *Approximating the erfinv function*, 2010, table of single precision: near the centre, and in the tails.
@@ -36,7 +36,7 @@ def uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"
         True
     """
     out = torch.empty(keys.shape[0], count, dtype=torch.float32, device=keys.device)
-    halves = _halves(keys)
+    halves = key_halves(keys)
     width = min(count, _block()) if keys.device.type == "cpu" else count
     counter = _counter(torch.Size((width,)), (0,), keys.device)
     for rows, columns in _blocks(out):
@@ -59,13 +59,14 @@ def draw(
 
     $$\mathrm{clip}(\mathrm{round}(z + e), 0, \mathrm{top})$$
 
-    with $e$ from the law: $\rho \log(u / (1 - u))$, $\rho\,\Phi^{-1}(u)$ or $u - 1/2$. The noise of an element depends
-    on its row's key and on its logical place in the row: not on the memory layout, nor on the other rows.
+    with $e$ from the law: $\rho \log(u / (1 - u))$, $\rho\,\Phi^{-1}(u)$, $u - 1/2$, or that plus
+    $\rho \log\frac{1 - e^{-u / \rho}}{1 - e^{-(1 - u) / \rho}}$ (smooth rounding). The noise of an element depends on
+    its row's key and on its logical place in the row: not on the memory layout, nor on the other rows.
 
     Args:
         keys: One 64-bit key for each row.
         z: Values in steps above the lowest level.
-        law: `logistic`, `gaussian` or `uniform`.
+        law: `logistic`, `gaussian`, `smooth-rounding` or `uniform`.
         top: The largest code.
         scale: The scale $\rho$ of the noise, in steps; the uniform law has none.
 
@@ -75,32 +76,37 @@ def draw(
                 [1., 3.]])
     """
     flat = layout.flatten(z, 1) if z.dim() > 1 else z[:, None]
-    order = tuple(axis - 1 for axis in layout.memory_order(z, 1)) or (0,)
-    counter = _counter(z.shape[1:] or torch.Size((1,)), order, z.device)
-    halves = _halves(keys)
+    counter, halves = row_counter(z), key_halves(keys)
     if choice.applies(z):
-        codes = _draw_compiled(halves, counter, flat, top, scale, law)
-        if codes is not None:
-            return layout.unflatten(codes, z, 1)
+        drawn = _draw_compiled(halves, counter, flat, top, scale, law)
+        if drawn is not None:
+            return layout.unflatten(drawn, z, 1)
     out = torch.empty_like(flat)
     for rows, columns in _blocks(out):
-        out[rows, columns] = _draw(halves[rows], counter[columns], flat[rows, columns], top, scale, law=law)
+        out[rows, columns] = codes(halves[rows], counter[columns], flat[rows, columns], top, scale, law=law)
     return layout.unflatten(out, z, 1)
 
 
 def _draw_compiled(
     halves: Tensor, counter: Tensor, flat: Tensor, top: int, scale: Tensor | float, law: LawName
 ) -> Tensor | None:
-    largest = _scalar(float(top), flat.device)
-    width = scale if isinstance(scale, Tensor) else _scalar(float(scale), flat.device)
+    largest = scalar(float(top), flat.device)
+    width = scale if isinstance(scale, Tensor) else scalar(float(scale), flat.device)
     rows = flat.shape[0]
     if rows == 1:  # a size of one would be compiled anew
         halves, flat = halves.repeat(2, 1), flat.repeat(2, 1)
-    codes = choice.call(_draw, halves, counter, flat.contiguous(), largest, width, law=law, compiled=True)
-    return None if codes is None else codes[:rows]
+    drawn = choice.call(codes, halves, counter, flat.contiguous(), largest, width, law=law, compiled=True)
+    return None if drawn is None else drawn[:rows]
 
 
-def _halves(keys: Int[Tensor, "rows"]) -> Int[Tensor, "rows 2"]:
+def row_counter(x: Float[Tensor, "rows *rest"]) -> Int[Tensor, "count"]:
+    """Return the logical number of each element of a row, in memory order."""
+    order = tuple(axis - 1 for axis in layout.memory_order(x, 1)) or (0,)
+    return _counter(x.shape[1:] or torch.Size((1,)), order, x.device)
+
+
+def key_halves(keys: Int[Tensor, "rows"]) -> Int[Tensor, "rows 2"]:
+    """Return the lower and the upper half of each key."""
     return keys.contiguous().view(torch.int32).view(-1, 2)
 
 
@@ -108,7 +114,8 @@ _counter = lru_cache(maxsize=32)(layout.logical_index)
 
 
 @lru_cache(maxsize=256)
-def _scalar(value: float, device: torch.device) -> Float[Tensor, ""]:
+def scalar(value: float, device: torch.device) -> Float[Tensor, ""]:
+    """Return a number as a tensor, which compiled code takes without becoming another code."""
     with torch.inference_mode(False):
         return torch.tensor(value, device=device)
 
@@ -156,7 +163,7 @@ def _uniform(halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "count"]) -> Fl
 
 
 @no_type_check
-def _draw(
+def codes(
     halves: Int[Tensor, "rows 2"],
     counter: Int[Tensor, "count"],
     z: Float[Tensor, "rows count"],
@@ -166,6 +173,7 @@ def _draw(
     law: LawName,
     compiled: bool = False,
 ) -> Float[Tensor, "rows count"]:
+    """Return what `draw` says, of flat rows."""
     u = _uniform(halves, counter).to(z.dtype)
     if law == "logistic":
         e = u.logit_().mul_(scale)
@@ -173,7 +181,8 @@ def _draw(
         # The compiler knows erfinv only one element at a time.
         e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
     else:
-        e = u.sub_(0.5)
+        edges = torch.log(torch.expm1(-u / scale) / torch.expm1((u - 1) / scale)) if law == "smooth-rounding" else None
+        e = u.sub_(0.5) if edges is None else u.sub_(0.5).add_(edges.mul_(scale))
     return e.add_(z).clamp_(min=0).clamp_(max=top).round_()  # in this order no zero is negative
 
 

@@ -1,6 +1,14 @@
 """Stochastic and deterministic low-bit quantizers: one dithered family."""
 
-from bitquorum.quantizers.laws import Deterministic, Gaussian, Law, Logistic, SmoothLaw, StochasticRounding
+from bitquorum.quantizers.laws import (
+    Deterministic,
+    Gaussian,
+    Law,
+    Logistic,
+    SmoothLaw,
+    SmoothRounding,
+    StochasticRounding,
+)
 from bitquorum.quantizers.quantizer import Grid, Quantizer
 from bitquorum.quantizers.surrogate import Backward, Surrogate
 
@@ -13,6 +21,7 @@ __all__ = [
     "Logistic",
     "Quantizer",
     "SmoothLaw",
+    "SmoothRounding",
     "StochasticRounding",
     "Surrogate",
 ]

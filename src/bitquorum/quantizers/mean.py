@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitquorum import kernels
-from bitquorum.quantizers.laws import Gaussian, Law, Logistic, SmoothLaw, StochasticRounding
+from bitquorum.quantizers.laws import Gaussian, Law, Logistic, SmoothLaw, SmoothRounding, StochasticRounding
 
 # Laws that the kernels know by name; every other law, and every type but float32, takes the plain sums below.
-SMOOTH: dict[type[Law], kernels.SmoothLawName] = {Logistic: "logistic", Gaussian: "gaussian"}
+SMOOTH: dict[type[Law], kernels.SmoothLawName] = {
+    Logistic: "logistic",
+    Gaussian: "gaussian",
+    SmoothRounding: "smooth-rounding",
+}
 LAWS: dict[type[Law], kernels.LawName] = {**SMOOTH, StochasticRounding: "uniform"}
 
 

@@ -11,7 +11,7 @@ from bitquorum import kernels, rng
 from bitquorum.interface import InputError
 from bitquorum.quantizers import twin
 from bitquorum.quantizers.laws import WIDEST, Deterministic, Law, Logistic, SmoothLaw
-from bitquorum.quantizers.mean import LAWS, attach_mean, mean_code
+from bitquorum.quantizers.mean import LAWS, SMOOTH, attach_mean, mean_code
 from bitquorum.quantizers.surrogate import Backward, Surrogate, ambient
 
 Grid = Literal["one-sided", "two-sided", "symmetric"]
@@ -116,6 +116,9 @@ class Quantizer(nn.Module):
             x: Values in any range.
             noise: Uniform numbers in (0, 1); drawn by `rng` for a batch of activations when omitted.
         """
+        fused = None if noise is not None or twin.ambient() else self._fused(x)
+        if fused is not None:
+            return fused
         z, low, step = self._steps(x)
         if kind := twin.ambient():
             code = self._without_noise(z, kind)
@@ -295,6 +298,21 @@ class Quantizer(nn.Module):
             return mean_code(z, self.top, law, scale)
         inside = z.clamp(0, self.top)
         return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """Return the values in one pass, where there is one: a smooth mean over one fixed range."""
+        name, scale = SMOOTH.get(type(self.law)), self.scale()
+        if name is None or isinstance(scale, Tensor) or self.learned or self.grid == "symmetric":
+            return None
+        chosen = ambient() or self.surrogate
+        if self.log_step.dim() or (chosen.backward or self.surrogate.backward) != "mean":
+            return None
+        grid = kernels.MeanCode(law=name, top=self.top, scale=scale, width=chosen.width)
+        if not kernels.fits_quantization(x, grid):
+            return None
+        low, step = self._base()
+        low = low if isinstance(low, Tensor) else torch.zeros_like(step)
+        return kernels.quantize(x, rng.row_keys(x, self.address), low, step, grid)
 
     def _attach_gradient(self, code: Tensor, z: Tensor) -> Tensor:
         chosen = ambient() or self.surrogate
