@@ -311,6 +311,19 @@ def test_deterministic_defaults_to_straight_through():
     assert gradient(make(law=Deterministic())(x), x).tolist() == pytest.approx([0, 1, 0])
 
 
+def test_deterministic_rounding_may_have_the_gradient_of_a_smooth_mean():
+    law = SmoothRounding(scale=0.3)
+    quantizer, noisy = make(law=Deterministic(smooth_as=law)), make(law=law)
+    x = torch.linspace(-0.8, 1.5, 47, requires_grad=True)
+    y = quantizer(x)
+    assert torch.equal(y, make(law=Deterministic())(x))
+    first, expected = (gradient(out, x, create_graph=True) for out in (y, noisy.mean(x)))
+    assert torch.allclose(first, expected, atol=1e-5)
+    assert torch.allclose(gradient(first, x), gradient(expected, x), atol=1e-3)
+    with without_noise("mean"):
+        assert torch.allclose(quantizer(x), noisy.mean(x), atol=1e-6)
+
+
 def test_stochastic_rounding_shows_the_gradient_of_its_mean():
     quantizer = make(law=StochasticRounding())
     x = torch.linspace(-0.93, 1.57, 40, requires_grad=True)

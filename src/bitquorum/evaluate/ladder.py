@@ -6,9 +6,10 @@ on *judging* draws, which neither the attacks nor the selection saw.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -128,6 +129,8 @@ class Ladder(Method):
         everywhere: Whether every rung meets every image.
         tries: Number of tries of the attacker in the worst-of accuracy.
         check_images: Number of images for the self-checks; 0 leaves them out.
+        precision: `bfloat16` autocasts the attacks, which may then move otherwise; `None` leaves them as they are.
+            Selection and judgment are never autocast, and every perturbation is kept in float32.
         seed: Of the choice of images, of attacks and of draws.
     """
 
@@ -143,6 +146,7 @@ class Ladder(Method):
     everywhere: bool = False
     tries: int = 5
     check_images: int = 32
+    precision: Literal["bfloat16"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -327,21 +331,27 @@ class Arena:
         found, cost = self.examples.images[met], Cost()
         parts = met.split(self.ladder.batch_size) if len(met) else ()
         for number, rows in enumerate(parts, start=1):
-            result = attack(
-                self.shown,
-                self.examples.images[rows],
-                self.examples.labels[rows],
-                epsilon=epsilon,
-                examples=self.examples.index[rows],
-                seed=seed,
-                norm=self.ladder.norm,
-                sources=self.sources,
-            )
+            with self._autocast():
+                result = attack(
+                    self.shown,
+                    self.examples.images[rows],
+                    self.examples.labels[rows],
+                    epsilon=epsilon,
+                    examples=self.examples.index[rows],
+                    seed=seed,
+                    norm=self.ladder.norm,
+                    sources=self.sources,
+                )
             first = (number - 1) * self.ladder.batch_size
             found[first : first + len(rows)], cost = result.images, result.cost
             if on_batch:
                 on_batch(attack.label, number, len(parts))
         return found, cost
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.ladder.precision is None:
+            return nullcontext()
+        return torch.autocast(self.examples.images.device.type, torch.bfloat16)
 
     def score(self, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"]) -> Tally:
         """Test on selection draws which of the versions stand."""

@@ -94,7 +94,13 @@ class SmoothLaw(Law, ABC):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Deterministic(Law):
-    """Add no noise: round to nearest. The mean is a staircase, so its only gradient is a surrogate."""
+    """Add no noise: round to nearest. The mean is a staircase, so its only gradient is a surrogate.
+
+    Attributes:
+        smooth_as: The law whose mean lends its gradient; without one it is straight-through.
+    """
+
+    smooth_as: SmoothLaw | None = None
 
     stochastic: ClassVar[bool] = False
     smooth: ClassVar[bool] = False

@@ -91,7 +91,8 @@ class Quantizer(nn.Module):
                 f"{learned!r} with grid={grid!r}, channels={channels}"
             )
         self.bits, self.top, self.grid, self.axis = bits, 2**bits - 1, grid, axis
-        default: Backward = "mean" if self.law.stochastic else "straight-through"
+        smooth = self.law.stochastic or (isinstance(self.law, Deterministic) and self.law.smooth_as is not None)
+        default: Backward = "mean" if smooth else "straight-through"
         self.surrogate = Surrogate(backward=backward or default)
         self.temperature = temperature
         self.address = ""
@@ -293,9 +294,10 @@ class Quantizer(nn.Module):
 
     def _without_noise(self, z: Tensor, kind: twin.Twin) -> Tensor:
         if kind == "mean":
-            law = self.law if self.law.stochastic else Logistic()
-            scale = self.scale() if self.law.stochastic else Logistic().scale
-            return mean_code(z, self.top, law, scale)
+            if isinstance(self.law, Deterministic):
+                law = self.law.smooth_as or Logistic()
+                return mean_code(z, self.top, law, law.scale)
+            return mean_code(z, self.top, self.law, self.scale())
         inside = z.clamp(0, self.top)
         return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
 
@@ -319,10 +321,8 @@ class Quantizer(nn.Module):
         backward = chosen.backward or self.surrogate.backward
         law, scale = self.law, self.scale()
         if backward == "mean" and isinstance(law, Deterministic):
-            law, scale = (
-                Logistic(),
-                Logistic().scale,
-            )  # only an attacker gets here: BPDA through a smooth stand-in
+            law = law.smooth_as or Logistic()  # without one only an attacker gets here: BPDA by a smooth stand-in
+            scale = law.scale
         if backward == "gumbel" and law.stochastic:
             return self._attach_gumbel(code, z, scale, chosen.temperature or self.temperature)
         if backward == "mean" and isinstance(law, SmoothLaw):
@@ -390,8 +390,8 @@ def _check(bits: int, grid: str, low: float, high: float, channels: int | None, 
         raise InputError(f"expected finite numbers with {bottom} < high, got low={low}, high={high}")
     if channels is not None and channels < 1:
         raise InputError(f"expected at least one channel, got {channels}")
-    if isinstance(law, Deterministic) and backward in ("mean", "gumbel"):
+    if isinstance(law, Deterministic) and backward in ("gumbel", *(("mean",) if law.smooth_as is None else ())):
         raise InputError(
             f"expected straight-through for a deterministic quantizer, got backward={backward!r}: its mean is a "
-            "staircase, whose gradient is zero almost everywhere; choose a law with noise instead"
+            "staircase, whose gradient is zero almost everywhere; choose a law with noise instead, or smooth_as"
         )
