@@ -53,7 +53,7 @@ def linear(weights: Sequence[Tensor]) -> Ensemble:
 def spoken(logits: Tensor, labels: Tensor) -> Step:
     """Return a step whose members have said the given logits `[draw, member, batch, classes]`."""
     said = step(linear([torch.eye(2)]), torch.zeros(len(labels), 2), labels)
-    said.__dict__["outputs"] = Outputs(logits=logits, features=())  # where the cached property keeps it
+    said.__dict__["outputs"] = Outputs(parts=logits.unbind(1), features=())  # where the cached property keeps it
     return said
 
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -99,10 +100,20 @@ def votes(logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outputs:
-    """Hold what the members said: logits, and penultimate features `[draw * batch, ...]`, draw by draw."""
+    """Hold what the members said: logits, and penultimate features `[draw * batch, ...]`, draw by draw.
 
-    logits: Float[Tensor, "draw member batch classes"]
+    Attributes:
+        parts: The logits of each member by itself: a gradient of one of them runs through no other member.
+        features: Of each member.
+    """
+
+    parts: tuple[Float[Tensor, "draw batch classes"], ...]
     features: tuple[Tensor, ...]
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "draw member batch classes"]:
+        """The logits of all members."""
+        return torch.stack(self.parts, 1)
 
 
 @final
@@ -172,15 +183,17 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of every member under every ambient draw."""
+        return torch.stack(self._answers(images), 1)
+
+    def _answers(self, images: Tensor) -> list[Float[Tensor, "draw batch classes"]]:
         count = self._draws()
         batch = images.repeat(count, *[1] * (images.dim() - 1)) if count > 1 else images
-        logits = [
+        return [
             member(batch).unflatten(0, (count, -1))
             if count > 1 and is_stochastic(member)
             else member(images).expand(count, -1, -1)
             for member in self.members
         ]
-        return torch.stack(logits, 1)
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
@@ -189,11 +202,11 @@ class Ensemble(nn.Module):
             for member, into in zip(self.members, seen, strict=True):
                 heads = [classifier(network) for network in alternatives(member)]
                 stack.enter_context(_record_inputs(heads, into))
-            logits = self(images)
-        rows = logits.shape[0] * logits.shape[2]
-        parts = [into[0] if len(into) == 1 else torch.cat(into) for into in seen]  # one for each pass of a draw
-        features = tuple(z if len(z) == rows else z.repeat(len(logits), *[1] * (z.dim() - 1)) for z in parts)
-        return Outputs(logits=logits, features=features)
+            answers = self._answers(images)
+        draws, rows = len(answers[0]), answers[0].shape[0] * answers[0].shape[1]
+        inputs = [into[0] if len(into) == 1 else torch.cat(into) for into in seen]  # one for each pass of a draw
+        features = tuple(z if len(z) == rows else z.repeat(draws, *[1] * (z.dim() - 1)) for z in inputs)
+        return Outputs(parts=tuple(answers), features=features)
 
     @property
     def stochastic(self) -> bool:

@@ -45,7 +45,7 @@ class InputGradient(Term):
         if self.of == "ensemble":
             losses = [mean_probability_cross_entropy(step.logits, step.labels).mean(0)]
         else:
-            losses = list(step.member_losses)
+            losses = step.member_losses
         return torch.stack([self._norm(loss, step.images) for loss in losses]).mean()
 
     def _norm(self, loss: Float[Tensor, "batch"], images: Tensor) -> Float[Tensor, ""]:

@@ -52,9 +52,9 @@ class Step:
         return _wide(self.outputs.logits)
 
     @cached_property
-    def member_losses(self) -> Float[Tensor, "member batch"]:
-        """Cross-entropy of each member on each example, in nats, averaged over draws."""
-        return cross_entropy(self.logits, self.labels).mean(0)
+    def member_losses(self) -> list[Float[Tensor, "batch"]]:
+        """Cross-entropy of each member on each example, in nats, averaged over draws; see `Outputs.parts`."""
+        return [cross_entropy(_wide(part)[:, None], self.labels).mean((0, 1)) for part in self.outputs.parts]
 
     def respond(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of other images under the draw of this step."""
