@@ -8,7 +8,7 @@ import pytest
 from bitquorum.config import Arm, DataChoice, Experiment, parse, presets, read
 from bitquorum.conversion import Policy
 from bitquorum.interface import ConfigError, InputError
-from bitquorum.objective import InputGradient
+from bitquorum.objective import InputGradient, MemberCrossEntropy
 from bitquorum.quantizers import Deterministic, Gaussian, Logistic
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.zoo import DigitsNet, Linear
@@ -30,7 +30,7 @@ def test_every_preset_comes_back_from_its_own_text(name: str):
     assert digest(again) == digest(experiment)
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith("empir-")])
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith(("empir-", "cifar10-robust"))])
 def test_every_preset_of_ours_compares_arms_that_differ(name: str):
     arms = read(name).arms
     assert len({arm.name for arm in arms}) == len(arms) >= 4
@@ -44,6 +44,18 @@ def test_every_preset_of_ours_compares_arms_that_differ(name: str):
     assert not any(isinstance(term, InputGradient) for term in by_name["sq-mi"].objective.terms)
     (penalty,) = [term for term in by_name["sq-mi-gradient"].objective.terms if isinstance(term, InputGradient)]
     assert penalty.weight > 0
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name.startswith("cifar10-robust")])
+def test_the_robust_presets_keep_to_four_bits_and_to_natural_images(name: str):
+    arms = {arm.name: arm for arm in read(name).arms}
+    arms.pop("pgd-at", None)
+    assert "sq-gradient" in arms
+    for arm in arms.values():
+        assert all(isinstance(member, Policy) for member in arm.members)
+        bits = [(member.weight_bits, member.activation_bits) for member in arm.members]
+        assert all(count is not None and count <= 4 for pair in bits for count in pair)
+        assert {type(term) for term in arm.objective.terms} == {MemberCrossEntropy, InputGradient}
 
 
 def test_a_stored_config_replays(tmp_path: Path):

@@ -28,6 +28,7 @@ from bitquorum.quantizers import (
     StochasticRounding,
     Surrogate,
 )
+from bitquorum.quantizers.twin import twin as without_noise
 from bitquorum.registry import registered
 from bitquorum.testing import check_quantizer
 

@@ -73,7 +73,7 @@ def registered(family: type[M]) -> dict[str, type[M]]:
     Examples:
         >>> from bitquorum.quantizers import Law
         >>> list(registered(Law))
-        ['deterministic', 'gaussian', 'logistic', 'stochastic-rounding']
+        ['deterministic', 'gaussian', 'logistic', 'smooth-rounding', 'stochastic-rounding']
     """
     concrete = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _walk(family) if not _is_abstract(cls)}
     found: dict[str, type[M]] = {}
