@@ -1,9 +1,10 @@
 """Test every term against a closed form, a known law or finite differences."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import final, get_args
 
 import pytest
 import torch
@@ -331,6 +332,46 @@ def test_input_gradient_of_linear_softmax_models(norm: Norm):
     mixed = (torch.stack(gradients) * (true / true.sum(0))[:, :, None]).sum(0)
     got = InputGradient(norm=norm, of="ensemble")(step(linear(weights), x, labels))
     torch.testing.assert_close(got, mixed.norm(p=order, dim=1).mean())
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("of", get_args(Of))
+def test_margins_draws_and_quotients_of_linear_models(norm: Norm, of: Of):
+    weights = [normal(16, 3, 8).double(), normal(17, 3, 8).double()]
+    x, labels = uniform(18, 5, 1, 2, 4).double().requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
+    said, order = step(linear(weights), x, labels), 1 if norm == "l1" else 2
+    exact = InputGradient(norm=norm, of=of)(said)
+    torch.testing.assert_close(InputGradient(norm=norm, of=of, draws=3)(said), exact)
+    torch.testing.assert_close(InputGradient(norm=norm, of=of, difference=1e-6)(said), exact, rtol=1e-4, atol=1e-5)
+    if of == "member":  # the margin of a linear model is linear: its gradient is a difference of two rows
+        z = [x.detach().flatten(1) @ w.T for w in weights]
+        rows = [(w[q.scatter(1, labels[:, None], -9e9).argmax(1)] - w[labels]) for q, w in zip(z, weights, strict=True)]
+        expected = torch.stack([row.norm(p=order, dim=1).mean() for row in rows]).mean()
+        for difference in (None, 1e-4):
+            term = InputGradient(norm=norm, loss="margin", difference=difference)
+            torch.testing.assert_close(term(said), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_quotient_trains_what_the_exact_penalty_trains():
+    with rng.torch_seed(5):
+        network = nn.Sequential(nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 3)).double()
+    ensemble = Ensemble([network, copy.deepcopy(network)])
+    said = step(ensemble, uniform(20, 4, 6).double().requires_grad_(), torch.tensor([0, 1, 2, 1]))
+    found = [
+        torch.autograd.grad(InputGradient(difference=difference)(said), network[0].weight, retain_graph=True)[0]
+        for difference in (None, 1e-6)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_the_penalty_over_draws_is_that_of_their_mean_loss():
+    ensemble = noisy_members().double()
+    x, labels = uniform(21, 4, 6).double().requires_grad_(), torch.tensor([0, 1, 2, 1])
+    said = step(ensemble, x, labels)
+    with rng.draw(rng.derive_many(said.seed, 3, "penalty"), said.examples):
+        loss = cross_entropy(ensemble(x), labels).mean(0)
+    expected = torch.stack([torch.autograd.grad(part.sum(), x, retain_graph=True)[0].abs().sum() / 4 for part in loss])
+    torch.testing.assert_close(InputGradient(draws=3)(said), expected.mean())
 
 
 class Smooth(nn.Module):

@@ -183,16 +183,17 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of every member under every ambient draw."""
-        return torch.stack(self._answers(images), 1)
+        return torch.stack(self.each([images] * len(self.members)), 1)
 
-    def _answers(self, images: Tensor) -> list[Float[Tensor, "draw batch classes"]]:
+    def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
+        """Return the logits of each member on images of its own, under every ambient draw."""
         count = self._draws()
-        batch = images.repeat(count, *[1] * (images.dim() - 1)) if count > 1 else images
+        copies = {id(x): x.repeat(count, *[1] * (x.dim() - 1)) if count > 1 else x for x in images}
         return [
-            member(batch).unflatten(0, (count, -1))
+            member(copies[id(x)]).unflatten(0, (count, -1))
             if count > 1 and is_stochastic(member)
-            else member(images).expand(count, -1, -1)
-            for member in self.members
+            else member(x).expand(count, -1, -1)
+            for member, x in zip(self.members, images, strict=True)
         ]
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
@@ -202,7 +203,7 @@ class Ensemble(nn.Module):
             for member, into in zip(self.members, seen, strict=True):
                 heads = [classifier(network) for network in alternatives(member)]
                 stack.enter_context(_record_inputs(heads, into))
-            answers = self._answers(images)
+            answers = self.each([images] * len(self.members))
         draws, rows = len(answers[0]), answers[0].shape[0] * answers[0].shape[1]
         inputs = [into[0] if len(into) == 1 else torch.cat(into) for into in seen]  # one for each pass of a draw
         features = tuple(z if len(z) == rows else z.repeat(draws, *[1] * (z.dim() - 1)) for z in inputs)

@@ -1,5 +1,7 @@
 """Keep a small change of the image small at the output: input gradients and, as references, adversarial training."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final, get_args
 
@@ -7,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitquorum import rng
 from bitquorum.attacks import PGD, Attack
+from bitquorum.attacks.base import view_loss
 from bitquorum.interface import InputError
-from bitquorum.objective.term import Step, Term, cross_entropy, mean_probability_cross_entropy
+from bitquorum.objective.term import Step, Term, cross_entropy
 
 Norm = Literal["l1", "l2"]
 Of = Literal["member", "ensemble"]
@@ -18,42 +22,87 @@ Of = Literal["member", "ensemble"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class InputGradient(Term):
-    r"""Penalize the gradient of the cross-entropy with respect to the image: $E \|\nabla_x CE\|$.
+    r"""Penalize the gradient of a loss with respect to the image: $E \|\nabla_x CE\|$.
 
     The L1 norm times epsilon is the first-order rise of the loss under an L-infinity attack of that radius, hence the
     default weight 5/255. It needs second derivatives, which the mean of a stochastic quantizer has. Reference:
     Rodríguez-Muñoz, Wang, Torralba, 2024, https://arxiv.org/abs/2409.20139. Deviation: low-bit members, per member.
 
+    With `difference` h the norm is the quotient $(L(x + h v) - L(x)) / h$ along $v = \mathrm{sign}\,\nabla_x L$ (L1) or
+    $\nabla_x L / \|\nabla_x L\|$ (L2), which needs no second derivative (Finlay and Oberman, 2021,
+    https://arxiv.org/abs/1905.11468, for L2). The quotient sees the codes that were drawn, not their mean, so that an h
+    far below the steps of the quantizers is noisy; and at an h as large as epsilon $x + h v$ is an adversarial example.
+
     Attributes:
         norm: `l1`, or `l2` (Fisher information is the square of the latter).
         of: `member`, each member's own loss, averaged; `ensemble`, the loss of the mean probability.
+        loss: `margin`, the largest other logit less the true one (of the ensemble: log-probabilities); cross-entropy
+            where it is `None`.
+        draws: Number of draws, apart from that of the step, over whose mean loss the gradient is taken; `None` takes
+            the step's one, at no cost.
+        difference: Step of the quotient in units of the image; `None` for the exact gradient.
     """
 
     weight: float = 5 / 255
     warmup: float = 0.5
     norm: Norm = "l1"
     of: Of = "member"
+    loss: Literal["margin"] | None = None
+    draws: int | None = None
+    difference: float | None = None
     needs_image_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm not in get_args(Norm) or self.of not in get_args(Of):
             raise InputError(f"expected norm l1 or l2 and of member or ensemble, got {self.norm!r} and {self.of!r}")
+        if self.loss not in (None, "margin"):
+            raise InputError(f"expected loss margin, or none for cross-entropy, got {self.loss!r}")
+        if (self.draws is not None and self.draws < 1) or (self.difference is not None and self.difference <= 0):
+            raise InputError(
+                "expected at least one draw and a difference above 0, or none of either, got "
+                f"{self.draws} and {self.difference}"
+            )
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        """Return the mean norm over examples (and members), in nats per unit of the image."""
-        if self.of == "ensemble":
-            losses = [mean_probability_cross_entropy(step.logits, step.labels).mean(0)]
-        else:
-            losses = step.member_losses
-        return torch.stack([self._norm(loss, step.images) for loss in losses]).mean()
+        """Return the mean norm over examples (and members), in nats (or logits) per unit of the image."""
+        images = [step.images] * len(step.ensemble.members)
+        losses = self._losses(step.outputs.parts if self.draws is None else self._respond(step, images), step)
+        exact = self.difference is None
+        gradients = [
+            torch.autograd.grad(loss.sum(), step.images, create_graph=exact, retain_graph=True)[0].flatten(1)
+            for loss in losses
+        ]
+        if self.difference is None:
+            return torch.stack([self._size(gradient) for gradient in gradients]).mean()
+        h = self.difference
+        ways = [g.sign() if self.norm == "l1" else g / (g.norm(dim=1, keepdim=True) + 1e-12) for g in gradients]
+        moved = [(step.images.detach() + h * way.view_as(step.images)) for way in ways]
+        far = self._losses(self._respond(step, moved * (len(images) // len(moved))), step)
+        return torch.stack([(b - a).mean() / h for a, b in zip(losses, far, strict=True)]).mean()
 
-    def _norm(self, loss: Float[Tensor, "batch"], images: Tensor) -> Float[Tensor, ""]:
-        (gradient,) = torch.autograd.grad(loss.sum(), images, create_graph=True)
-        flat = gradient.flatten(1)
+    def _respond(self, step: Step, images: list[Tensor]) -> Sequence[Float[Tensor, "draw batch classes"]]:
+        """Return what the members say of images of their own, under the draws of the penalty."""
+        seeds = [step.seed] if self.draws is None else rng.derive_many(step.seed, self.draws, "penalty")
+        with rng.draw(seeds, step.examples):
+            return step.ensemble.each(images)
+
+    def _losses(self, parts: Sequence[Float[Tensor, "draw batch classes"]], step: Step) -> list[Float[Tensor, "batch"]]:
+        logits = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+        if self.of == "ensemble":
+            logp = torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
+            logits = [logp]
+        losses = [view_loss(z, step.labels, "margin") if self.loss else _cross_entropy(z, step.labels) for z in logits]
+        return [loss.mean(0) for loss in losses]
+
+    def _size(self, flat: Float[Tensor, "batch pixels"]) -> Float[Tensor, ""]:
         if self.norm == "l1":
             return flat.abs().sum(1).mean()
         return (flat.square().sum(1) + 1e-12).sqrt().mean()
+
+
+def _cross_entropy(logits: Float[Tensor, "draw batch classes"], labels: Tensor) -> Float[Tensor, "draw batch"]:
+    return cross_entropy(logits[:, None], labels)[:, 0]
 
 
 @final
