@@ -26,7 +26,7 @@ test-slow: .venv/ready
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow -rs
 
 benchmark: .venv/ready
-	$(BIN)/python benchmarks/quantizer.py
+	$(BIN)/bitquorum benchmark
 
 # The pins make a fresh machine install what the tests ran with; the package itself takes newer versions too.
 .venv/ready: pyproject.toml constraints.txt

@@ -62,6 +62,7 @@ COMMANDS = {
     "list": "List the stored runs, the presets or the suites",
     "publish": "Copy a run's config, metrics and environment",
     "doctor": "Print versions, devices",
+    "benchmark": "Time the hot paths",
     "data list": "List the known data sets",
     "data get": "Download a data set's published files",
 }

@@ -15,6 +15,7 @@ from bitquorum.files import read_jsonl
 from bitquorum.report import (
     Table,
     bench_tables,
+    benchmark_table,
     bracket,
     comparison,
     detectors,
@@ -32,7 +33,8 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|museum|peers|plane|detectors|rejections|bench|costs): (\S+) -->\n(.*?)<!-- end -->", re.S
+    r"<!-- (results|ladder|museum|peers|plane|detectors|rejections|bench|costs|times): (\S+) -->\n(.*?)<!-- end -->",
+    re.S,
 )
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
@@ -44,6 +46,7 @@ STORED = {
     "rejections": ("detections/*/metrics.jsonl", rejections),
     "bench": ("metrics.jsonl", lambda rows: bench_tables(rows)[0]),
     "costs": ("metrics.jsonl", lambda rows: bench_tables(rows)[1]),
+    "times": ("metrics.jsonl", benchmark_table),
 }
 TABLES = [(page, *match) for page, text in PAGES.items() for match in RESULTS.findall(text)]
 

@@ -7,7 +7,7 @@
 | `bench` | `bench` |
 | `certify` | `certify` |
 | `insight` | `plane`, `detect`, `report` |
-| `machine` | `doctor`, `data list`, `data get` |
+| `machine` | `doctor`, `benchmark`, `data list`, `data get` |
 """
 
 import sys

@@ -11,7 +11,7 @@
 | `convolution` | convolutions whose second derivatives cost what the first ones do |
 
 A kernel is one pure torch function. Plainly it runs block by block inside the cache; compiled, `torch.compile` fuses it
-into one pass (inductor: C++ on a CPU, Triton on CUDA; see `benchmarks/quantizer.py`). Compilation takes some seconds
+into one pass (inductor: C++ on a CPU, Triton on CUDA; see `bitquorum benchmark`). Compilation takes some seconds
 for each kernel in the first process and less in the next, so plain code is the default:
 
     >>> from bitquorum import kernels

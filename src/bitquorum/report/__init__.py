@@ -1,6 +1,7 @@
 """Turn stored rows into tables; nothing here computes a result."""
 
 from bitquorum.report.bench import bench_csv, bench_files, bench_table, bench_tables
+from bitquorum.report.benchmark import benchmark_table
 from bitquorum.report.certify import certificate_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
@@ -15,6 +16,7 @@ __all__ = [
     "bench_files",
     "bench_table",
     "bench_tables",
+    "benchmark_table",
     "bracket",
     "certificate_table",
     "comparison",

@@ -1,0 +1,28 @@
+"""Time the hot paths beside what they are built on, and beside installed peers: ratios with their spread.
+
+| file | holds |
+|---|---|
+| `timing` | contenders, timed in turn and compared within each repetition |
+| `quantizer` | a quantized activation beside a clip and other quantizers |
+| `training` | the step of a training |
+| `attack` | PGD beside its bare passes and other libraries |
+| `startup` | `import bitquorum` and `bitquorum --help` beside `import torch` |
+"""
+
+from collections.abc import Callable, Iterator
+
+from bitquorum.benchmark.attack import attack
+from bitquorum.benchmark.quantizer import quantizer
+from bitquorum.benchmark.startup import startup
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, measure
+from bitquorum.benchmark.training import training
+
+WORKLOADS: dict[str, Callable[[Sizes], Iterator[Workload]]] = {
+    "quantizer": quantizer,
+    "training": training,
+    "attack": attack,
+    "startup": startup,
+}
+"""Name -> the workloads of one kind; each is built when its turn comes."""
+
+__all__ = ["WORKLOADS", "Contender", "Sizes", "Workload", "attack", "measure", "quantizer", "startup", "training"]

@@ -1,0 +1,87 @@
+"""Compare a quantized activation with a clip, with torch's fake quantizer under noise, and with a peer's."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bitquorum import kernels, rng
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, kept_bytes
+from bitquorum.quantizers import Deterministic, Logistic, Quantizer, SmoothRounding
+
+_HIGH = 3.0
+_Function = Callable[[Tensor], Tensor]
+
+
+def quantizer(sizes: Sizes) -> Iterator[Workload]:
+    """Yield three passes over one activation.
+
+    - `forward`: without gradients.
+    - `backward`: forward, then the gradient with respect to the input.
+    - `double`: forward, the gradient with a graph, and the gradient of that, as an input-gradient penalty needs it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # A twelfth lies outside of the range at either end.
+    x = torch.rand(sizes.shape, generator=generator) * 1.2 * _HIGH - 0.1 * _HIGH
+    weight = torch.randn(sizes.shape, generator=generator)
+    x, weight = (tensor.to(sizes.device).requires_grad_() for tensor in (x, weight))
+    functions = dict(_functions(sizes.bits, sizes.device))
+    for name in ("forward", "backward", "double"):
+        contenders = tuple(
+            Contender(
+                name=label,
+                run=partial(_pass, name, function, x, weight),
+                kept=None if name == "forward" else kept_bytes(partial(function, x)),
+            )
+            for label, function in functions.items()
+        )
+        yield Workload(name=f"quantizer, {name}", contenders=contenders)
+
+
+def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor) -> None:
+    if kind == "forward":
+        with torch.no_grad():
+            function(x)
+        return
+    (gradient,) = torch.autograd.grad(function(x), x, weight, create_graph=kind == "double")
+    if kind == "double":
+        torch.autograd.grad(gradient, (x, weight), weight.detach(), allow_unused=True)
+
+
+def _functions(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
+    yield "hardtanh", nn.Hardtanh(0.0, _HIGH)
+    yield "round to nearest", Quantizer(bits, high=_HIGH, law=Deterministic()).to(device)
+    for law in (Logistic(), SmoothRounding()):
+        found = Quantizer(bits, high=_HIGH, law=law).to(device)
+        yield f"SQ {type(law).__name__}, plain", partial(_ours, found, "eager")
+        if kernels.compiler_available(torch.device(device).type):
+            yield f"SQ {type(law).__name__}", partial(_ours, found, "compiled")
+    learned = Quantizer(bits, high=_HIGH, learned=True).to(device)
+    if kernels.compiler_available(torch.device(device).type):
+        yield "SQ Logistic, learned range", partial(_ours, learned, "compiled")
+    yield "torch fake_quantize with noise", partial(_fake, bits)
+    yield from _brevitas(bits, device)
+
+
+def _ours(quantize: Quantizer, mode: kernels.Mode, x: Tensor) -> Tensor:
+    with kernels.use(mode), rng.draw(0):
+        return quantize(x)
+
+
+def _fake(bits: int, x: Tensor) -> Tensor:
+    top = 2**bits - 1
+    noise = torch.empty_like(x).uniform_().logit_().mul_(Logistic().scale * _HIGH / top)
+    return torch.fake_quantize_per_tensor_affine(x + noise, _HIGH / top, 0, 0, top)
+
+
+def _brevitas(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
+    """Yield the peer's fake quantizer with a scale that is a parameter, with noise; nothing where it is missing."""
+    try:
+        from brevitas.nn import QuantReLU  # pyright: ignore[reportMissingImports]
+        from brevitas.quant import Uint8ActPerTensorFloatMaxInit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return
+    relu = QuantReLU(act_quant=Uint8ActPerTensorFloatMaxInit, bit_width=bits, max_val=_HIGH).to(device)
+    scale = Logistic().scale * _HIGH / (2**bits - 1)
+    yield "Brevitas QuantReLU with noise", lambda x: relu(x + torch.empty_like(x).uniform_().logit_().mul_(scale))

@@ -1,0 +1,85 @@
+"""Compare the step of a training: float or low-bit, with and without the input-gradient penalty, M members."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+
+from bitquorum import kernels, rng
+from bitquorum.benchmark.timing import Contender, Sizes, Workload
+from bitquorum.conversion import Policy
+from bitquorum.ensemble import Ensemble
+from bitquorum.objective import InputGradient, MemberCrossEntropy, Objective, Reduce, Step
+from bitquorum.quantizers import Deterministic, Law, Logistic, SmoothRounding
+from bitquorum.zoo import SmallResNet
+
+
+def training(sizes: Sizes) -> Iterator[Workload]:
+    """Yield the step without and with the penalty; a step is the objective of one batch and its backward pass."""
+    fused = kernels.compiler_available(torch.device(sizes.device).type)
+    for penalty in (False, True):
+        contenders = [_contender("float", sizes, None, penalty=False)]
+        if penalty:
+            contenders.append(_contender("float with penalty", sizes, None, penalty=True))
+        tail = " with penalty" if penalty else ""
+        for law in (Logistic(), SmoothRounding()):
+            label = f"SQ {type(law).__name__}{tail}"
+            contenders.append(_contender(f"{label}, plain", sizes, law, penalty=penalty, mode="eager"))
+            if fused:
+                contenders.append(_contender(label, sizes, law, penalty=penalty))
+        contenders += [
+            _contender(f"SQ SmoothRounding{tail}, M = {count}", sizes, SmoothRounding(), penalty=penalty, members=count)
+            for count in sizes.members
+            if count > 1
+        ]
+        yield Workload(name=f"training{tail}", contenders=tuple(contenders), warmup=3)
+
+
+def _contender(
+    name: str, sizes: Sizes, law: Law | None, *, penalty: bool, members: int = 1, mode: kernels.Mode = "compiled"
+) -> Contender:
+    with rng.torch_seed(0):
+        build = SmallResNet(widths=sizes.widths, activation="relu")
+        networks = [build(classes=10, shape=(3, 32, 32)) for _ in range(members)]
+    policy = None if law is None else _policy(sizes.bits, law)
+    ensemble = Ensemble.build(networks, [policy] * members).to(sizes.device).train()
+    ensemble = ensemble.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    objective = Objective(terms=(MemberCrossEntropy(), *((InputGradient(warmup=0.0),) if penalty else ())))
+    return Contender(name=name, run=_step(ensemble, objective, sizes, mode))
+
+
+def _policy(bits: int, law: Law) -> Policy:
+    return Policy(
+        weight_bits=bits, activation_bits=bits, weight_law=Deterministic(), activation_law=law, learned="weights"
+    )
+
+
+def _step(ensemble: Ensemble, objective: Objective, sizes: Sizes, mode: kernels.Mode) -> Callable[[], object]:
+    examples = torch.arange(sizes.batch, device=sizes.device)
+    images = rng.uniform(0, examples, 3 * 32 * 32).view(-1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    images.requires_grad_(objective.needs_image_gradient)
+    kind = torch.device(sizes.device).type
+    if mode == "compiled" and not kernels.compiler_available(kind):
+        mode = "eager"
+
+    def step() -> None:
+        cast = torch.autocast(kind, torch.bfloat16) if sizes.precision == "bfloat16" else nullcontext()
+        with kernels.use(mode), cast:
+            loss, _ = objective(
+                Step(
+                    ensemble=ensemble,
+                    images=images,
+                    labels=examples % 10,
+                    examples=examples,
+                    progress=1.0,
+                    seed=0,
+                    memory={},
+                    reduce=Reduce(),
+                )
+            )
+        with kernels.use(mode):
+            loss.backward()
+        ensemble.zero_grad(set_to_none=True)
+        images.grad = None
+
+    return step

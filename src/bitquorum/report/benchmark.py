@@ -1,0 +1,35 @@
+"""Lay timings out as a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitquorum.report.tables import Table
+
+
+def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return a line for each contender: milliseconds, the ratio to the first of its workload, bytes kept.
+
+    Args:
+        rows: Of `benchmark.measure`.
+    """
+    counts = sorted({row["repeats"] for row in rows})
+    body = [
+        (
+            row["workload"],
+            row["contender"],
+            _spread(row["milliseconds"], 1),
+            _spread(row["ratio"], 2),
+            "-" if row["kept"] is None else f"{row['kept']:.2f}",
+        )
+        for row in rows
+    ]
+    note = (
+        f"Median and quartiles of {' or '.join(map(str, counts))} repetitions, in which all contenders of a workload "
+        "are timed in turn. Ratio: to the first of the workload, within a repetition. Kept: bytes held for the "
+        "backward pass, as a multiple of the first's."
+    )
+    return Table(header=("workload", "contender", "milliseconds", "ratio", "kept"), rows=tuple(body), note=note)
+
+
+def _spread(value: dict[str, float], digits: int) -> str:
+    return f"{value['median']:.{digits}f} [{value['quartile_1']:.{digits}f}, {value['quartile_3']:.{digits}f}]"
