@@ -364,6 +364,21 @@ def test_the_quotient_trains_what_the_exact_penalty_trains():
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
+def test_a_share_of_the_steps_carries_the_whole_penalty():
+    weights = [normal(16, 3, 8).double()]
+    x, labels = uniform(18, 5, 1, 2, 4).double().requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
+
+    def value(term: InputGradient, seed: int) -> float:
+        return term(step(linear(weights), x, labels, seed=seed)).item()
+
+    exact = value(InputGradient(), 0)
+    values = [value(InputGradient(share=0.25), seed) for seed in range(400)]
+    assert {round(found / exact, 6) for found in values} == {0.0, 4.0}
+    assert sum(values) / 400 / exact == pytest.approx(1, abs=0.35)
+    with pytest.raises(InputError, match=r"share of the steps in \(0, 1\]"):
+        InputGradient(share=0.0)
+
+
 def test_the_penalty_over_draws_is_that_of_their_mean_loss():
     ensemble = noisy_members().double()
     x, labels = uniform(21, 4, 6).double().requires_grad_(), torch.tensor([0, 1, 2, 1])

@@ -41,6 +41,8 @@ class InputGradient(Term):
         draws: Number of draws, apart from that of the step, over whose mean loss the gradient is taken; `None` takes
             the step's one, at no cost.
         difference: Step of the quotient in units of the image; `None` for the exact gradient.
+        share: Share of the steps, chosen by their seeds, on which the penalty is computed and divided by the share; on
+            the others it is zero and costs nothing. `None` computes it on each.
     """
 
     weight: float = 5 / 255
@@ -50,6 +52,7 @@ class InputGradient(Term):
     loss: Literal["margin"] | None = None
     draws: int | None = None
     difference: float | None = None
+    share: float | None = None
     needs_image_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -64,8 +67,17 @@ class InputGradient(Term):
                 f"{self.draws} and {self.difference}"
             )
 
+        if self.share is not None and not 0 < self.share <= 1:
+            raise InputError(f"expected a share of the steps in (0, 1], or none for all, got {self.share}")
+
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean norm over examples (and members), in nats (or logits) per unit of the image."""
+        if self.share is None:
+            return self._penalty(step)
+        chosen = rng.derive(step.seed, "share") % 2**32 < self.share * 2**32
+        return self._penalty(step) / self.share if chosen else step.images.new_zeros(())
+
+    def _penalty(self, step: Step) -> Float[Tensor, ""]:
         images = [step.images] * len(step.ensemble.members)
         losses = self._losses(step.outputs.parts if self.draws is None else self._respond(step, images), step)
         exact = self.difference is None
