@@ -228,6 +228,20 @@ def store_detection(run: Run, arms: list[str], *, name: str = "", digest: str = 
     atomic_write(folder / "detection.toml", 'type = "detection"\n')
 
 
+def store_certificates(run: Run, arms: list[str]) -> None:
+    folder = run.path / "certificates" / "c1"
+    for arm in arms:
+        about = {"arm": arm, "members": ARMS.get(arm, "a b"), "split": "test", "images": 200, "draws": 20}
+        for statement, epsilon, value in (
+            ("clean", 0.0, 0.9),
+            ("fresh", EPSILONS[0], 0.123),
+            ("all", EPSILONS[0], 0.0),
+        ):
+            row = {**about, "statement": statement, "epsilon": epsilon, "bound": "crown-ibp", "name": "certified"}
+            append_jsonl(folder / "metrics.jsonl", [{**row, "value": value, "low": value, "high": value + 0.05}])
+    atomic_write(folder / "certify.toml", 'type = "certify"\n')
+
+
 def session(**more: Any) -> dict[str, Any]:
     return {
         "versions": {"python": "3.11", "torch": "2.6", "numpy": "2", "bitquorum": "0.1.0"},
@@ -251,6 +265,7 @@ def store_run(root: Path, seed: int = 0, arms: tuple[str, ...] = tuple(ARMS), na
     store_ladder(run, listed, failed=listed[-1] if seed == 1 else None, reason=f"80 steps leave less{name}")
     store_plane(run, listed, name=name)
     store_detection(run, listed[1:], name=name)
+    store_certificates(run, listed)
     atomic_write(run.path / "environment.json", json.dumps([session(work=f"train{name}")]))
     return run
 
@@ -331,11 +346,20 @@ def test_every_section_is_there_and_linked(text: str):
     links = [str(link["href"]) for link in elements.named("a")][1:]
     sections = [str(section["id"]) for section in elements.named("section")]
     assert links == [f"#{name}" for name in sections]
-    wanted = "summary security ladder plane pairs training detection examples layers costs about"
+    wanted = "summary security ladder certificates plane pairs training detection examples layers costs about"
     assert sections == wanted.split()
     assert len(elements.named("h1")) == 1
     levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch("h[1-6]", tag)]
     assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_the_bracket_holds_floor_and_ceiling_at_one_radius(text: str):
+    section = text.partition('id="certificates"')[2].partition("</section>")[0]
+    words = " ".join(Elements(section).words)
+    assert "certified, fresh draws" in words
+    assert "12.3 [12, 17]" in words
+    assert "attacked, worst of the ladder" in words
+    assert "certified on 200 test images by crown-ibp" in words
 
 
 def test_numbers_stand_with_images_draws_and_intervals(text: str):
@@ -374,13 +398,15 @@ def test_hostile_names_leave_no_folder(hostile: Run, tmp_path: Path):
 def test_a_run_without_parts_says_which_command_makes_each(tmp_path: Path):
     run = Run.create(tmp_path, "bare", {"name": "bare"})
     words = " ".join(Elements(write_page([run], tmp_path / "page.html").read_text()).words)
-    for command in ("run", "plane", "detect", "evaluate --ladder standard"):
+    for command in ("run", "plane", "detect", "certify", "evaluate --ladder standard"):
         assert f"bitquorum {command} {run.path.name}" in words
     assert "No self-checks are stored" in words
     assert write_figures([run], tmp_path / "figures") == []
 
 
-@pytest.mark.parametrize("lacks", ["evaluations", "ladders", "planes", "detections", "environment.json", "arms"])
+@pytest.mark.parametrize(
+    "lacks", ["evaluations", "ladders", "planes", "detections", "certificates", "environment.json", "arms"]
+)
 def test_any_part_may_be_missing(runs: list[Run], tmp_path: Path, lacks: str):
     run = without(runs[0], tmp_path / "copy", lacks)
     assert "is stored for this run; " in write_page([run], tmp_path / "page.html").read_text()

@@ -13,12 +13,19 @@ from bitquorum.store import Run
 Row = Mapping[str, Any]
 
 _SHEETS = ("correlations", "layers", "curves")
+_FOLDERS = {
+    "evaluation": "evaluations",
+    "ladder": "ladders",
+    "plane": "planes",
+    "detection": "detections",
+    "certify": "certificates",
+}
 _ARM_SHEETS = ("verdicts", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Hold one stored evaluation, ladder, plane or detection.
+    """Hold one stored evaluation, ladder, certification, plane or detection.
 
     Attributes:
         folder: Where it lies.
@@ -65,6 +72,7 @@ class RunView:
         ladders: Bracket and rungs; sheets `verdicts` and `seconds`.
         planes: Rows of the plane; sheets `correlations` and `layers`.
         detections: Rows of the detector; sheet `curves`.
+        certificates: Floors, statement by statement.
         environments: One row for each session of work.
         published: Whether tensors were left out.
     """
@@ -78,12 +86,13 @@ class RunView:
     ladders: tuple[Part, ...]
     planes: tuple[Part, ...]
     detections: tuple[Part, ...]
+    certificates: tuple[Part, ...]
     environments: tuple[Row, ...]
     published: bool
 
     def rows(self) -> list[Row]:
         """Return the rows of all parts."""
-        parts = (*self.evaluations, *self.ladders, *self.planes, *self.detections)
+        parts = (*self.evaluations, *self.ladders, *self.certificates, *self.planes, *self.detections)
         return [row for part in parts for row in part.rows]
 
     def members(self, arm: str) -> str:
@@ -140,7 +149,7 @@ def _view(run: Run, name: str) -> RunView:
     tables = config.get("arms", [])
     known = [str(arm["name"]) for arm in tables if isinstance(arm, dict) and "name" in arm]
     train = {path.parent.name: tuple(read_jsonl(path)) for path in sorted(run.path.glob("arms/*/train.jsonl"))}
-    parts = {kind: _parts(run.path / f"{kind}s", kind) for kind in ("evaluation", "ladder", "plane", "detection")}
+    parts = {kind: _parts(run.path / folder, kind) for kind, folder in _FOLDERS.items()}
     found = [row.get("arm") for group in parts.values() for part in group for row in part.rows]
     arms = dict.fromkeys([*known, *train, *(str(arm) for arm in found if arm)])
     return RunView(
@@ -153,6 +162,7 @@ def _view(run: Run, name: str) -> RunView:
         ladders=parts["ladder"],
         planes=parts["plane"],
         detections=parts["detection"],
+        certificates=parts["certify"],
         environments=tuple(row for row in run.environments() if isinstance(row, dict)),
         published=next(run.path.rglob("*.safetensors"), None) is None,
     )

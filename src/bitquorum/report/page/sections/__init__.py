@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from bitquorum.report.page.sections.certificates import certificates
 from bitquorum.report.page.sections.detection import detection
 from bitquorum.report.page.sections.frame import Page, Section
 from bitquorum.report.page.sections.information import layers, pairs, plane
@@ -18,6 +19,6 @@ PLOTTED: tuple[Callable[[Page], Section], ...] = (
     detection,
     layers,
 )
-SECTIONS = (*PLOTTED[:7], examples, layers, costs, about)
+SECTIONS = (*PLOTTED[:3], certificates, *PLOTTED[3:7], examples, layers, costs, about)
 
 __all__ = ["PLOTTED", "SECTIONS", "Page", "Section", "failures"]

@@ -1,0 +1,45 @@
+"""Show the bracket of each ensemble: what is proven from below, and what attacks leave from above."""
+
+from bitquorum.report.certify import certificate_table
+from bitquorum.report.page.collect import Part, Row, RunView
+from bitquorum.report.page.markup import Html, element, grid, join
+from bitquorum.report.page.sections.frame import Page, Section, missing, note
+
+
+def certificates(page: Page) -> Section:
+    """Return a table for each stored certification, with the attacks of equal radius beside it."""
+    return Section(
+        name="certificates",
+        short="Certified floor",
+        title="Between the certified floor and the attacked ceiling",
+        lead="A certificate proves, image by image, that no perturbation of the radius changes a right answer: a "
+        "floor. The strongest stored attacks are a ceiling. The robust accuracy lies between them, and a wide bracket "
+        "says how little is known of it.",
+        body=page.per_run(_certificates),
+    )
+
+
+def _certificates(view: RunView) -> Html:
+    if not view.certificates:
+        return missing(view, "certificate", "bitquorum certify")
+    return join(_part(view, part) for part in view.certificates)
+
+
+def _part(view: RunView, part: Part) -> Html:
+    epsilons = {row["epsilon"] for row in part.rows}
+    table = certificate_table([dict(row) for row in part.rows], _ceilings(view, epsilons))
+    title = element("h4", f"Certification {part.digest}") if len(view.certificates) > 1 else None
+    caption = "Accuracy in %, with 95 % intervals"
+    return join([title, grid(table.header, table.rows, caption, texts=(0, 1)), note(table.note)])
+
+
+def _ceilings(view: RunView, epsilons: set[float]) -> list[dict[str, object]]:
+    """Return the stored worst cases of attacks in the maximum norm at these radii: of ladders, then of the grid."""
+
+    def worst(rows: tuple[Row, ...], name: str) -> list[dict[str, object]]:
+        found = (row for row in rows if row["attack"] == "worst" and row["name"] == "accuracy")
+        return [{**row, "ceiling": name} for row in found if row["epsilon"] in epsilons]
+
+    ladders = [part for part in view.ladders if part.config.get("norm") == "linf"]
+    found = [row for part in ladders for row in worst(part.rows, f"ladder {part.config['name']}")]
+    return found + [row for part in view.evaluations for row in worst(part.rows, "evaluation")]
