@@ -188,7 +188,7 @@ class Ensemble(nn.Module):
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
         """Return the logits of each member on images of its own, under every ambient draw."""
         count = self._draws()
-        copies = {id(x): x.repeat(count, *[1] * (x.dim() - 1)) if count > 1 else x for x in images}
+        copies = {id(x): torch.cat([x] * count) if count > 1 else x for x in images}  # `repeat` forgets the layout
         return [
             member(copies[id(x)]).unflatten(0, (count, -1))
             if count > 1 and is_stochastic(member)

@@ -241,12 +241,17 @@ def restored(
 ) -> Iterator[tuple[Arm, Ensemble]]:
     """Yield every arm with its trained ensemble, in evaluation mode and without gradients of its parameters.
 
+    Its convolutions lie in memory as in the training.
+
     Raises:
         DataError: if an arm is not trained or its file does not fit.
     """
     train = training_images(experiment, data_root)
     for arm in experiment.arms:
-        yield arm, restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
+        ensemble = restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
+        if (arm.trainer or experiment.trainer).channels_last:
+            ensemble = ensemble.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        yield arm, ensemble
 
 
 @final
