@@ -448,6 +448,21 @@ def test_the_fused_quantizer_equals_the_plain_one(compiled, law, grid, monkeypat
 
 
 @needs_compiler
+@pytest.mark.parametrize("grid", ["one-sided", "two-sided"])
+def test_the_fused_quantizer_trains_its_range_as_the_plain_one(compiled, grid):
+    quantizer = Quantizer(3, grid=grid, low=-0.3, high=2.0, law=SmoothRounding(), learned=True)
+    x = (values(6, 4, 5, 7, top=3) - 1).to(memory_format=torch.channels_last).requires_grad_()
+
+    def run(x):
+        with rng.draw([4, 5]):
+            return quantizer(x * 1)
+
+    fused = derivatives(run, x, *quantizer.parameters())
+    kernels.use("eager")
+    close(fused, derivatives(run, x, *quantizer.parameters()))
+
+
+@needs_compiler
 def test_a_surrogate_changes_the_gradient_of_the_fused_quantizer(compiled):
     quantizer = Quantizer(2, grid="one-sided", high=3.0)
     for surrogate in (Surrogate(width=2.0), Surrogate(backward="straight-through")):

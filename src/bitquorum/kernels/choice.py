@@ -64,6 +64,11 @@ def use(mode: Mode) -> ExitStack:
     return stack
 
 
+def runs(node: Any) -> bool:
+    """Return whether the backward pass that runs now needs this inner node: `autograd.grad` names its inputs."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
 @cache
 def compiler_available(device: str = "cpu") -> bool:
     """Return whether kernels can be compiled for this type of device; looks for tools and compiles nothing.

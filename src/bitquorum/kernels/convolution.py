@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bitquorum.kernels import choice
+
 
 def fits_convolution(layer: nn.Module, x: Tensor) -> bool:
     """Return whether `convolve` serves this layer: two dimensions, numbers for its padding, zeros around the image."""
@@ -91,7 +93,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         wanted = [
-            needed and _runs(node)
+            needed and choice.runs(node)
             for needed, (node, _) in zip(ctx.needs_input_grad[:2], ctx.next_functions[:2], strict=True)
         ]
         of_x, of_w = _Backward.apply(grads[0], x, w, ctx.form, wanted[0], wanted[1])
@@ -134,8 +136,3 @@ def _as_laid_out(t: Tensor, x: Tensor) -> Tensor:
     """Return `t` with its channels last in memory where those of the images `x` are."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def _runs(node: Any) -> bool:
-    """Return whether the backward pass that runs now needs this node: `autograd.grad` names its inputs."""
-    return node is not None and torch._C._will_engine_execute_node(node)

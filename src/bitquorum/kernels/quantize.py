@@ -1,7 +1,8 @@
 """Quantize activations in one pass, forwards and backwards, without a noise tensor.
 
 The three passes are those of the plain quantizer, fused: the forward pass draws and decodes the code, the backward pass
-multiplies by the slope of the mean, its own backward pass by slope and curvature. Nothing is kept but the input.
+multiplies by the slope of the mean, its own backward pass by slope and curvature. Nothing is kept but the input and,
+where the range is learned, the result.
 """
 
 from typing import Any, NamedTuple, no_type_check
@@ -46,20 +47,24 @@ def quantize(
     step: Float[Tensor, ""],
     grid: MeanCode,
 ) -> Float[Tensor, "rows *rest"] | None:
-    """Return `low` plus `step` times the drawn code, or `None` where the compiler fails.
+    r"""Return `low` plus `step` times the drawn code, or `None` where the compiler fails.
 
-    Differentiable twice, not more often, in `x` alone.
+    Differentiable twice in `x` and once in `low` and `step`, whose gradients also follow the first ones of `x`, as a
+    penalty of an input gradient needs it: with gradient g of the values, drawn codes k and $z = (x - l) / \Delta$,
+
+    $$\nabla_x = g M'(z), \quad \nabla_l = \sum (g - \nabla_x), \quad \nabla_\Delta = \sum (g k - \nabla_x z).$$
 
     Args:
         x: Values in any range.
         keys: One 64-bit key for each row, of its noise.
-        low: Lowest level, without a gradient.
-        step: Distance of the levels, without a gradient.
+        low: Lowest level.
+        step: Distance of the levels.
         grid: The rest.
     """
-    values = _draw(x.detach(), keys, low, step, grid)
-    if values is None or not (x.requires_grad and torch.is_grad_enabled()):
+    values = _draw(x.detach(), keys, low.detach(), step.detach(), grid)
+    if values is None or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, low, step))):
         return values
+    low, step = (t.view_as(t) if t.is_leaf and t.requires_grad else t for t in (low, step))  # for `choice.runs`
     return _Quantize.apply(x, values, low, step, grid)  # type: ignore[return-value]
 
 
@@ -82,13 +87,19 @@ def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) ->
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, low: Tensor, step: Tensor, grid: MeanCode) -> Tensor:
-        ctx.save_for_backward(x, low, step)
+        learned = low.requires_grad or step.requires_grad
+        ctx.save_for_backward(x, low, step, *((values,) if learned else ()))
         ctx.grid = grid
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Backward.apply(grads[0], *ctx.saved_tensors, ctx.grid), None, None, None, None  # type: ignore[return-value]
+        x, low, step, *values = ctx.saved_tensors
+        of_x = _Backward.apply(grads[0], x, low, step, ctx.grid)
+        if not values or not any(choice.runs(node) for node, _ in ctx.next_functions[2:4]):
+            return of_x, None, None, None, None
+        of_low, of_step = _OfRange.apply(grads[0], of_x, x, values[0], low, step)
+        return of_x, None, of_low, of_step, None
 
 
 class _Backward(torch.autograd.Function):
@@ -107,7 +118,24 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         g, x, low, step = ctx.saved_tensors
         to_g, to_x = _call(_slope_and_curvature, (x, g, layout.like_layout(grads[0], x)), low, step, ctx.grid, order=2)
-        return to_g, to_x, None, None, None
+        if not any(ctx.needs_input_grad[2:4]):
+            return to_g, to_x, None, None, None
+        moved = choice.call(_moments, layout.flatten(to_x), layout.flatten(x), low)
+        return to_g, to_x, -moved[0], -moved[1] / step, None
+
+
+class _OfRange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, of_x: Tensor, x: Tensor, values: Tensor, low: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        flats = [layout.flatten(layout.like_layout(tensor, x)) for tensor in (g, of_x, x, values)]
+        of_low, of_step = choice.call(_range_sums, *flats, low)
+        return of_low, of_step / step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("the gradient of a quantizer's range is not differentiable in compiled code")
 
 
 def _call(
@@ -145,3 +173,15 @@ def _slope_and_curvature(
     slope, curvature = mean.sums((x.float() - low) / step, table, **constants)
     wide = v.float()
     return (wide * slope).to(g.dtype), (wide * g.float() * curvature / step).to(x.dtype)
+
+
+@no_type_check
+def _range_sums(g: Tensor, of_x: Tensor, x: Tensor, values: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    g, of_x = g.float(), of_x.float()
+    return (g - of_x).sum(), (g * (values.float() - low) - of_x * (x.float() - low)).sum()
+
+
+@no_type_check
+def _moments(to_x: Tensor, x: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    wide = to_x.float()
+    return wide.sum(), (wide * (x.float() - low)).sum()

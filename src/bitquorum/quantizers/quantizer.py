@@ -302,9 +302,9 @@ class Quantizer(nn.Module):
         return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        """Return the values in one pass, where there is one: a smooth mean over one fixed range."""
+        """Return the values in one pass, where there is one: a smooth mean over one range."""
         name, scale = SMOOTH.get(type(self.law)), self.scale()
-        if name is None or isinstance(scale, Tensor) or self.learned or self.grid == "symmetric":
+        if name is None or isinstance(scale, Tensor) or self.pact or self.grid == "symmetric":
             return None
         chosen = ambient() or self.surrogate
         if self.log_step.dim() or (chosen.backward or self.surrogate.backward) != "mean":
@@ -312,7 +312,7 @@ class Quantizer(nn.Module):
         grid = kernels.MeanCode(law=name, top=self.top, scale=scale, width=chosen.width)
         if not kernels.fits_quantization(x, grid):
             return None
-        low, step = self._base()
+        low, step = self._range(x)
         low = low if isinstance(low, Tensor) else torch.zeros_like(step)
         return kernels.quantize(x, rng.row_keys(x, self.address), low, step, grid)
 
