@@ -67,12 +67,14 @@ def test_the_command_prints_and_stores(tmp_path: Path):
 # Guards: ratios within one process, with room for noise
 
 
+@pytest.mark.slow
 def test_an_attack_is_little_more_than_its_passes():
     sizes = Sizes(widths=(8, 8, 16), batch=32, steps=3)
     rows = measure(next(WORKLOADS["attack"](sizes)), repeats=7)
     assert rows[1]["ratio"]["quartile_1"] < 1.3
 
 
+@pytest.mark.slow
 def test_a_member_more_costs_a_member_more():
     sizes = Sizes(widths=(4, 4, 8), batch=32, members=(1, 3))
     penalized = list(WORKLOADS["training"](sizes))[1]
@@ -84,6 +86,6 @@ def test_a_member_more_costs_a_member_more():
 
 def test_the_start_adds_little_to_that_of_torch():
     (workload,) = WORKLOADS["startup"](Sizes.small())
-    rows = {row["contender"]: row["ratio"]["median"] for row in measure(workload, repeats=3)}
+    rows = {row["contender"]: row["ratio"]["median"] for row in measure(workload, repeats=2)}
     assert rows["bitquorum --help"] < 0.8
     assert rows["import bitquorum"] < 1.6

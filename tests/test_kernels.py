@@ -35,6 +35,7 @@ LAWS = {
     "uniform": StochasticRounding(),
 }
 SMOOTH = {"logistic": (17.0, 0.25), "gaussian": (5.5, 0.45), "smooth-rounding": (17.0, 0.193)}
+LAWS_SLOW = ("logistic", "gaussian")  # each takes kernels of its own
 needs_compiler = pytest.mark.skipif(not kernels.compiler_available(), reason="no C++ compiler, or no Python headers")
 
 
@@ -425,8 +426,8 @@ def close(results, expected, rtol=1e-4):
 
 
 @needs_compiler
-@pytest.mark.parametrize("law", SMOOTH)
-@pytest.mark.parametrize("grid", ["one-sided", "two-sided"])
+@pytest.mark.parametrize("law", ["smooth-rounding", *(pytest.param(law, marks=pytest.mark.slow) for law in LAWS_SLOW)])
+@pytest.mark.parametrize("grid", [pytest.param("one-sided", marks=pytest.mark.slow), "two-sided"])
 def test_the_fused_quantizer_equals_the_plain_one(compiled, law, grid, monkeypatch):
     quantizer = Quantizer(3, grid=grid, low=-0.3, high=2.0, law=LAWS[law])
     x = (values(6, 4, 5, 7, top=3) - 1).to(memory_format=torch.channels_last).requires_grad_()
@@ -448,7 +449,7 @@ def test_the_fused_quantizer_equals_the_plain_one(compiled, law, grid, monkeypat
 
 
 @needs_compiler
-@pytest.mark.parametrize("grid", ["one-sided", "two-sided"])
+@pytest.mark.parametrize("grid", [pytest.param("one-sided", marks=pytest.mark.slow), "two-sided"])
 def test_the_fused_quantizer_trains_its_range_as_the_plain_one(compiled, grid):
     quantizer = Quantizer(3, grid=grid, low=-0.3, high=2.0, law=SmoothRounding(), learned=True)
     x = (values(6, 4, 5, 7, top=3) - 1).to(memory_format=torch.channels_last).requires_grad_()
@@ -501,7 +502,7 @@ def native(layer, x):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_compiled_batch_norm_equals_that_of_torch(compiled, dtype):
     torch.manual_seed(0)
     ours, theirs = BatchNorm(5), nn.BatchNorm2d(5)
