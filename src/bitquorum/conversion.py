@@ -61,7 +61,7 @@ class Policy(Conversion):
         image_bits: Bits of the image on [0, 1]; `None` leaves it as it is.
         image_law: Noise law of the image.
         learned: Whether ranges are trained: of weights and activations, of `weights` alone, or of none. Ranges of
-            activations that are not trained are those of the calibration, and take the fastest code.
+            activations that are not trained are those of the calibration.
         per_channel: Whether weights have one range per output channel.
         overrides: Exceptions; the last match wins.
     """

@@ -42,7 +42,7 @@ class Noise(nn.Module, ABC):
         """
         if twin.ambient():
             return self.mean(x).to(x.dtype)
-        u = rng.uniform_like(_wide(x.detach()), self.address) if noise is None else noise
+        u = rng.uniform_like(kernels.wide(x.detach()), self.address) if noise is None else noise
         return self.sample(x, u).to(x.dtype)
 
     @abstractmethod
@@ -113,7 +113,7 @@ class QuantLayer(nn.Module):
 
     def _weights(self) -> list[Tensor]:
         weight, ambient = self._weight(), rng.current()
-        noise = rng.uniform_per_draw(_wide(weight), self.quantizer.address)
+        noise = rng.uniform_per_draw(kernels.wide(weight), self.quantizer.address)
         if ambient is None:
             return [self.quantizer(weight, noise=noise[0])]
         weights = []
@@ -163,8 +163,3 @@ class QuantImage(nn.Module):
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch classes"]:
         """Return the network's logits of the quantized image."""
         return self.network(self.quantizer(images))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return half-precision values in single precision, in which a uniform number is neither 0 nor 1."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

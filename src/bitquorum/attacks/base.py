@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.geometry import Norm, ascend, project, random_point
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -89,7 +89,7 @@ class Problem:
         self.meter.add(forward=len(seeds), backward=len(seeds))
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), rng.draw(seeds, self.examples), (surrogate or Surrogate())():
-            loss = criterion(_wide(self.model(leaf)))
+            loss = criterion(kernels.wide(self.model(leaf)))
             if not loss.requires_grad:  # no path leads back to the image: an honest zero, which self-checks report
                 return torch.zeros_like(leaf), loss.detach()
             (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
@@ -108,7 +108,7 @@ class Problem:
         """Return the logits at `x` under the given draws."""
         self.meter.add(forward=len(seeds))
         with rng.draw(seeds, self.examples):
-            return _wide(self.model(x))
+            return kernels.wide(self.model(x))
 
     def project(self, x: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch *image"]:
         """Return the point of the ball within [0, 1] that belongs to `x`."""
@@ -152,11 +152,6 @@ class Problem:
         if found is None:
             raise InputError("expected at least one candidate, got none")
         return found
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Return logits of half precision in single precision, so that a loss of them is not rounded again."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 class Witness:

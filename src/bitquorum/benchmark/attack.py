@@ -1,7 +1,6 @@
 """Compare PGD with its bare forward and backward passes, and with other libraries where they are installed."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from bitquorum import kernels, rng
 from bitquorum.attacks import PGD
-from bitquorum.benchmark.timing import Contender, Sizes, Workload
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, fastest
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.zoo import SmallResNet
@@ -34,21 +33,16 @@ def attack(sizes: Sizes) -> Iterator[Workload]:
     copies, seeds = images.repeat(4, 1, 1, 1), [1, 2, 3, 4]
 
     def passes() -> None:
-        with _mode(sizes), rng.draw(seeds, examples):
+        with kernels.use(fastest(sizes.device)), rng.draw(seeds, examples):
             _bare(noisy.members[0], copies, labels.repeat(4), sizes.steps)
 
     yield Workload(
         name=f"PGD-{sizes.steps}, SQ, EOT 4",
         contenders=(
             Contender(name="bare passes", run=passes),
-            Contender(name="PGD", run=_ours(noisy, images, labels, PGD(steps=sizes.steps, eot=4), sizes)),
+            Contender(name="PGD", run=_ours(noisy, images, labels, PGD(steps=sizes.steps, eot=4))),
         ),
     )
-
-
-def _mode(sizes: Sizes) -> ExitStack:
-    available = kernels.compiler_available(torch.device(sizes.device).type)
-    return kernels.use("compiled" if available else "eager")
 
 
 def _bare(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
@@ -58,14 +52,9 @@ def _bare(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Non
         torch.autograd.grad(nn.functional.cross_entropy(network(x), labels, reduction="sum"), x)
 
 
-def _ours(
-    ensemble: Ensemble, images: Tensor, labels: Tensor, chosen: PGD, sizes: Sizes | None = None
-) -> Callable[[], object]:
+def _ours(ensemble: Ensemble, images: Tensor, labels: Tensor, chosen: PGD) -> Callable[[], object]:
     def run() -> None:
-        if sizes is None:
-            chosen(ensemble, images, labels, epsilon=_EPSILON)
-            return
-        with _mode(sizes):
+        with kernels.use(fastest(str(images.device))):
             chosen(ensemble, images, labels, epsilon=_EPSILON)
 
     return run

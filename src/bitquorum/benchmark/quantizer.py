@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import kernels, rng
-from bitquorum.benchmark.timing import Contender, Sizes, Workload, kept_bytes
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, fastest, kept_bytes
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer, SmoothRounding
 
 _HIGH = 3.0
@@ -27,12 +27,13 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
     weight = torch.randn(sizes.shape, generator=generator)
     x, weight = (tensor.to(sizes.device).requires_grad_() for tensor in (x, weight))
     functions = dict(_functions(sizes.bits, sizes.device))
+    kept = {label: kept_bytes(partial(function, x)) for label, function in functions.items()}
     for name in ("forward", "backward", "double"):
         contenders = tuple(
             Contender(
                 name=label,
                 run=partial(_pass, name, function, x, weight),
-                kept=None if name == "forward" else kept_bytes(partial(function, x)),
+                kept=None if name == "forward" else kept[label],
             )
             for label, function in functions.items()
         )
@@ -52,13 +53,14 @@ def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor) -> None:
 def _functions(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
     yield "hardtanh", nn.Hardtanh(0.0, _HIGH)
     yield "round to nearest", Quantizer(bits, high=_HIGH, law=Deterministic()).to(device)
+    compiled = fastest(device) == "compiled"
     for law in (Logistic(), SmoothRounding()):
         found = Quantizer(bits, high=_HIGH, law=law).to(device)
         yield f"SQ {type(law).__name__}, plain", partial(_ours, found, "eager")
-        if kernels.compiler_available(torch.device(device).type):
+        if compiled:
             yield f"SQ {type(law).__name__}", partial(_ours, found, "compiled")
-    learned = Quantizer(bits, high=_HIGH, learned=True).to(device)
-    if kernels.compiler_available(torch.device(device).type):
+    if compiled:
+        learned = Quantizer(bits, high=_HIGH, learned=True).to(device)
         yield "SQ Logistic, learned range", partial(_ours, learned, "compiled")
     yield "torch fake_quantize with noise", partial(_fake, bits)
     yield from _brevitas(bits, device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bitquorum import kernels
 from bitquorum.interface import InputError
 
 
@@ -112,6 +113,11 @@ def measure(workload: Workload, *, repeats: int, seed: int = 0) -> list[dict[str
         }
         for contender, values in zip(workload.contenders, times, strict=True)
     ]
+
+
+def fastest(device: str) -> kernels.Mode:
+    """Return `compiled` where kernels can be compiled for a device, else `eager`."""
+    return "compiled" if kernels.compiler_available(torch.device(device).type) else "eager"
 
 
 def kept_bytes(run: Callable[[], torch.Tensor]) -> int:

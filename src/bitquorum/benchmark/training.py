@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 
 from bitquorum import kernels, rng
-from bitquorum.benchmark.timing import Contender, Sizes, Workload
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, fastest
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.objective import InputGradient, MemberCrossEntropy, Objective, Reduce, Step
@@ -16,7 +16,7 @@ from bitquorum.zoo import SmallResNet
 
 def training(sizes: Sizes) -> Iterator[Workload]:
     """Yield the step without and with the penalty; a step is the objective of one batch and its backward pass."""
-    fused = kernels.compiler_available(torch.device(sizes.device).type)
+    fused = fastest(sizes.device) == "compiled"
     for penalty in (False, True):
         contenders = [_contender("float", sizes, None, penalty=False)]
         if penalty:
@@ -59,8 +59,7 @@ def _step(ensemble: Ensemble, objective: Objective, sizes: Sizes, mode: kernels.
     images = rng.uniform(0, examples, 3 * 32 * 32).view(-1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     images.requires_grad_(objective.needs_image_gradient)
     kind = torch.device(sizes.device).type
-    if mode == "compiled" and not kernels.compiler_available(kind):
-        mode = "eager"
+    mode = fastest(sizes.device) if mode == "compiled" else mode
 
     def step() -> None:
         cast = torch.autocast(kind, torch.bfloat16) if sizes.precision == "bfloat16" else nullcontext()

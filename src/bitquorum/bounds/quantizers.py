@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.bounds.activations import Shape, apply_shape, best
 from bitquorum.bounds.nodes import Elementwise, Lines, Node, affine
 from bitquorum.bounds.scope import Scope, noise_of, seed_of
@@ -68,7 +68,7 @@ def drawn_weights(layer: QuantLayer, scope: Scope) -> tuple[Tensor, Tensor]:
     if not quantizer.stochastic:
         found = quantizer(weight)
         return found, found
-    wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    wide = kernels.wide(weight)
     least, most = scope.noise(wide, quantizer.address, parameter=True)
     with rng.draw(seed_of(scope) or 0):  # whatever else the quantizer draws: the rows of a weight are no examples
         if least is most:

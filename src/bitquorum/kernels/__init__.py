@@ -8,6 +8,7 @@
 | `mean` | slope and curvature of the mean code |
 | `quantize` | draw, decoding and both derivatives in one pass each |
 | `normalize` | batch normalization whose second derivatives are one pass each |
+| `precision` | half precision widened |
 | `convolution` | convolutions whose second derivatives cost what the first ones do |
 
 A kernel is one pure torch function. Plainly it runs block by block inside the cache; compiled, `torch.compile` fuses it
@@ -30,6 +31,7 @@ from bitquorum.kernels.convolution import convolve, fits_convolution
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
 from bitquorum.kernels.noise import LawName, draw, uniform
 from bitquorum.kernels.normalize import fits_normalization, normalize
+from bitquorum.kernels.precision import wide
 from bitquorum.kernels.quantize import MeanCode, fits_quantization, quantize
 
 __all__ = [
@@ -51,4 +53,5 @@ __all__ = [
     "slope_and_curvature",
     "uniform",
     "use",
+    "wide",
 ]

@@ -180,9 +180,11 @@ def codes(
     elif law == "gaussian":
         # The compiler knows erfinv only one element at a time.
         e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
+    elif law == "smooth-rounding":
+        edges = torch.log(torch.expm1(-u / scale) / torch.expm1((u - 1) / scale))
+        e = u.sub_(0.5).add_(edges.mul_(scale))
     else:
-        edges = torch.log(torch.expm1(-u / scale) / torch.expm1((u - 1) / scale)) if law == "smooth-rounding" else None
-        e = u.sub_(0.5) if edges is None else u.sub_(0.5).add_(edges.mul_(scale))
+        e = u.sub_(0.5)
     return e.add_(z).clamp_(min=0).clamp_(max=top).round_()  # in this order no zero is negative
 
 

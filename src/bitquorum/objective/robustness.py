@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.attacks import PGD, Attack
 from bitquorum.attacks.base import view_loss
 from bitquorum.interface import InputError
@@ -100,7 +100,7 @@ class InputGradient(Term):
             return step.ensemble.each(images)
 
     def _losses(self, parts: Sequence[Float[Tensor, "draw batch classes"]], step: Step) -> list[Float[Tensor, "batch"]]:
-        logits = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+        logits = [kernels.wide(part) for part in parts]
         if self.of == "ensemble":
             logp = torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
             logits = [logp]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.ensemble import Ensemble, Outputs
 from bitquorum.interface import InputError, Method
 
@@ -49,17 +49,17 @@ class Step:
     @property
     def logits(self) -> Float[Tensor, "draw member batch classes"]:
         """The logits of `outputs`, in float32 or wider."""
-        return _wide(self.outputs.logits)
+        return kernels.wide(self.outputs.logits)
 
     @cached_property
     def member_losses(self) -> list[Float[Tensor, "batch"]]:
         """Cross-entropy of each member on each example, in nats, averaged over draws; see `Outputs.parts`."""
-        return [cross_entropy(_wide(part)[:, None], self.labels).mean((0, 1)) for part in self.outputs.parts]
+        return [cross_entropy(kernels.wide(part)[:, None], self.labels).mean((0, 1)) for part in self.outputs.parts]
 
     def respond(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of other images under the draw of this step."""
         with rng.draw(self.seed, self.examples):
-            return _wide(self.ensemble(images))
+            return kernels.wide(self.ensemble(images))
 
     @contextmanager
     def attacked(self) -> Iterator[Ensemble]:
@@ -113,10 +113,6 @@ class Term(Method, ABC):
     @abstractmethod
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the unweighted value."""
-
-
-def _wide(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def cross_entropy(

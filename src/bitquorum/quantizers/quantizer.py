@@ -273,8 +273,7 @@ class Quantizer(nn.Module):
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
         """Return `x` in steps above the lowest level, and `_range`; half precision is widened first."""
         low, step = self._range(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return (wide - low) / step, low, step
+        return (kernels.wide(x) - low) / step, low, step
 
     def _decode(self, code: Tensor, low: Tensor | float, step: Tensor) -> Tensor:
         if self.grid == "symmetric":
