@@ -111,10 +111,10 @@ def uninterrupted() -> tuple[dict[str, Tensor], Rows]:
 # Learning and repeating
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw", "adam"])
 def test_the_loss_falls_and_the_images_are_learned(optimizer: Any):
     rows: Rows = []
-    lr = 0.1 if optimizer == "sgd" else 0.04
+    lr = {"sgd": 0.1, "muon": 0.05}.get(optimizer, 0.04)
     trainer = Trainer(epochs=8, batch_size=16, optimizer=optimizer, lr=lr, precision="float32", log_every=4)
     data = toy()
     ensemble = trainer(members(), data, Objective(), report=logger(rows))
@@ -184,7 +184,7 @@ class InterruptionError(Exception):
     """Stop a training from outside."""
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
 @pytest.mark.parametrize("stop", [4, 7])
 def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path: Path, stop: int, optimizer: Any):
     trainer = replace(TRAINER, checkpoint_seconds=0.0, log_every=1, optimizer=optimizer)

@@ -22,6 +22,7 @@ SMALL = {
     "cifarconv": zoo.CIFARconv(width=4),
     "mnistconv": zoo.MNISTconv(width=4),
     "small": zoo.SmallResNet(widths=(4, 6, 8)),
+    "small-strided": zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2),
     "small-none": zoo.SmallResNet(widths=(4, 4, 6), norm="none", activation="silu"),
     "resnet-cifar": zoo.ResNetCifar(depth=14, width=4),
     "resnet18": zoo.ResNet18(width=4, norm="group"),
@@ -182,6 +183,15 @@ def test_initial_weights_have_the_variance_of_he():
 )
 def test_parameter_counts_of_the_literature(builder, shape, count):
     assert parameters(builder, shape) == count
+
+
+def test_a_strided_stem_halves_every_side_and_keeps_the_weights():
+    plain, strided = zoo.SmallResNet(widths=(4, 6, 8)), zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2)
+    assert parameters(plain) == parameters(strided)
+    sides = [build(net, shape=CIFAR)[:-3](images(CIFAR)).shape[-1] for net in (plain, strided)]
+    assert sides == [8, 4]
+    with pytest.raises(InputError, match="expected stem_stride to be an integer of at least 1, got 0"):
+        zoo.SmallResNet(stem_stride=0)
 
 
 @pytest.mark.parametrize(

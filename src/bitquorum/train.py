@@ -26,10 +26,11 @@ from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
 from bitquorum.interface import BitquorumError, DataError, InputError, Method
+from bitquorum.muon import Muon
 from bitquorum.objective import Objective, Reduce, Step
 from bitquorum.quantizers import Quantizer
 
-Optimizer = Literal["sgd", "adamw", "adam"]
+Optimizer = Literal["sgd", "muon", "adamw", "adam"]
 Schedule = Literal["onecycle", "cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -60,9 +61,10 @@ class Trainer(Method):
     Attributes:
         epochs: Passes over the data.
         batch_size: Examples per step, over all processes.
-        optimizer: `sgd` (Nesterov momentum 0.9), `adamw` or `adam`.
-        lr: Peak learning rate.
-        weight_decay: Of layer weights; norms, biases, ranges and noise scales get none.
+        optimizer: `sgd` (Nesterov momentum 0.9), `muon` (`bitquorum.muon.Muon`), `adamw` or `adam`.
+        lr: Peak learning rate; with `muon` of the convolutions, and of all else twice this.
+        weight_decay: Of layer weights; norms, biases, ranges and noise scales get none, nor do convolutions under
+            `muon`, which keeps their norms.
         schedule: `onecycle` (linear up over `warmup`, cosine down), `cosine` or `constant`.
         warmup: Share of the steps of the rise.
         ema: Decay of the averaged weights that are returned; 0 turns averaging off.
@@ -238,7 +240,7 @@ class _Training:
         progress = self.step / self.steps
         rate = self.trainer.lr_at(progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("ratio", 1.0)
         if self.objective.needs_image_gradient:
             images = images.requires_grad_()
         with self._autocast():
@@ -260,7 +262,8 @@ class _Training:
             self._reduce_gradients(len(images))
         if self.trainer.clip:
             nn.utils.clip_grad_norm_(self.ensemble.parameters(), self.trainer.clip)
-        self.optimizer.step()
+        with self._autocast():  # reaches products of matrices alone, which only `muon` has
+            self.optimizer.step()
         self.step += 1
         self._average()
         self._log({"loss": loss.detach(), **values, "lr": torch.tensor(rate)})
@@ -403,5 +406,7 @@ def _optimizer(trainer: Trainer, ensemble: Ensemble) -> torch.optim.Optimizer:
     ]
     if trainer.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=trainer.lr, momentum=0.9, nesterov=True)
+    if trainer.optimizer == "muon":
+        return Muon(groups, lr=trainer.lr)
     kind = torch.optim.AdamW if trainer.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=trainer.lr)

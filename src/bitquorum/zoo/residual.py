@@ -30,6 +30,8 @@ class SmallResNet(Network):
         widths: Channels of the three stages, never falling.
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`; with `none` the convolutions have biases.
+        stem_stride: Stride of the stem, `None` for 1. At 2 twice as wide a network has as many multiply-accumulates
+            and half as many activations.
 
     Raises:
         InputError: if a field is out of range.
@@ -42,6 +44,7 @@ class SmallResNet(Network):
     widths: tuple[int, int, int] = (16, 32, 64)
     activation: str = "gelu"
     norm: str = "batch"
+    stem_stride: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -53,9 +56,12 @@ class SmallResNet(Network):
             least = width
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("norm", self.norm, NORMS)
+        if self.stem_stride is not None:
+            check_count("stem_stride", self.stem_stride)
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
-        return _basic(shape[0], self.widths, classes, blocks=1, activation=self.activation, norm=self.norm)
+        style = {"activation": self.activation, "norm": self.norm}
+        return _basic(shape[0], self.widths, classes, blocks=1, stem_stride=self.stem_stride or 1, **style)
 
 
 @final
@@ -250,11 +256,12 @@ def _basic(
     activation: str,
     norm: str,
     project: bool = False,
+    stem_stride: int = 1,
 ) -> dict[str, nn.Module]:
     """Return a stem as wide as the first stage, stages of `BasicBlock`s and the end."""
     block = partial(BasicBlock, activation=activation, norm=norm, project=project)
     stem = {
-        "conv": convolution(channels, widths[0], 3, bias=norm == "none"),
+        "conv": convolution(channels, widths[0], 3, stride=stem_stride, bias=norm == "none"),
         "norm": NORMS[norm](widths[0]),
         "activation": ACTIVATIONS[activation](),
     }
