@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -545,6 +547,68 @@ def test_folder_errors_name_the_file(tmp_path):
     write_image(tmp_path / "test" / "z" / "1.png", pixels(1, 4, 4, 3)[0])
     with pytest.raises(DataError, match=r"expected only the classes of .*got z"):
         load(f"folder:{tmp_path}", "test")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_set_beyond_the_limit_is_mapped_and_equal(tmp_path, monkeypatch, channels):
+    for row in range(12):
+        array = pixels(row + 1, 4, 5, channels)[0]
+        write_image(tmp_path / "train" / "ab"[row % 2] / f"{row:02}.png", array[:, :, 0] if channels == 1 else array)
+    held = load(f"folder:{tmp_path}", "train")
+    monkeypatch.setattr("bitquorum.data.room.LIMIT", 100)
+    monkeypatch.setenv("BITQUORUM_DATA", str(tmp_path / "sets"))
+    mapped = load(f"folder:{tmp_path}", "train")
+    assert torch.equal(mapped.images, held.images)
+    assert mapped.shape == (channels, 4, 5)
+    one, other = (data.split_off(4, seed=3)[0].select([5, 0, 2]) for data in (held, mapped))
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(held.batch(torch.tensor([3, 1])).images, mapped.batch(torch.tensor([3, 1])).images)
+    assert list((tmp_path / "sets").iterdir()) == [], "the file has no name"
+
+
+def test_a_full_disk_is_told_before_anything_is_unpacked(tmp_path, monkeypatch):
+    write_image(tmp_path / "train" / "a" / "1.png", pixels(1, 4, 4, 3)[0])
+    monkeypatch.setattr("bitquorum.data.room.LIMIT", 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 8, 2))  # type: ignore[attr-defined]
+    monkeypatch.setenv("BITQUORUM_DATA", str(tmp_path / "sets"))
+    with pytest.raises(DataError, match="GiB free in .*sets to unpack the images to, got 0.0; let BITQUORUM_DATA name"):
+        load(f"folder:{tmp_path}", "train")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on private memory are Linux's")
+def test_a_set_larger_than_the_memory_is_read_split_and_batched(tmp_path):
+    """A process that may take 64 MiB more than its imports reads 192 MiB of images."""
+    for row in range(64):
+        write_image(tmp_path / "train" / "ab"[row % 2] / f"{row}.png", np.full((1024, 1024, 3), row, np.uint8))
+    code = f"""
+import resource
+import torch
+from bitquorum.data import load, room
+from PIL import Image
+room.LIMIT = 1 << 20
+load("folder:{tmp_path}/few", "train")
+used = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0] * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)
+try:
+    torch.empty(192 << 20, dtype=torch.uint8)
+except RuntimeError:
+    pass
+else:
+    raise SystemExit("the limit does not hold")
+train, held = load("folder:{tmp_path}", "train").split_off(16, seed=0)
+print(len(train), len(held), float(train.batch(torch.tensor([0, 47])).images.sum()))
+"""
+    write_image(tmp_path / "few" / "train" / "a" / "1.png", pixels(1, 4, 4, 3)[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BITQUORUM_DATA": str(tmp_path / "sets"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    train, held, total = done.stdout.split()
+    assert (int(train), int(held)) == (48, 16)
+    assert float(total) > 0
 
 
 def png(array: np.ndarray) -> bytes:

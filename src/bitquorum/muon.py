@@ -23,10 +23,10 @@ class Muon(Optimizer):
     $$B \leftarrow \mu B + (1 - \mu) G, \quad W' = W - \eta\, O(\mu B + (1 - \mu) G),
     \quad W \leftarrow W' \|W\|_F / \|W'\|_F$$
 
-    where O sets the singular values to about 1 (five quintic Newton-Schulz iterations; in half precision under autocast). A
-    norm layer follows a convolution as a rule, so that its norm does not matter; kept, eta is the relative size of a
-    step, and the ranges of weight quantizers stay where they are. Every other parameter takes a step of SGD with
-    Nesterov momentum, at `RATIO` times eta, with weight decay.
+    where O sets the singular values to about 1 (five quintic Newton-Schulz iterations, in half precision under
+    autocast). A norm layer follows a convolution as a rule, so that its norm does not matter; kept, eta is the relative
+    size of a step, and the ranges of weight quantizers stay where they are. Every other parameter takes a step of SGD
+    with Nesterov momentum, at `RATIO` times eta, with weight decay.
 
     Reference: Jordan et al., 2024, Muon, https://kellerjordan.github.io/posts/muon, and its use for CIFAR-10 with
     kept norms. Deviations: SGD's Nesterov momentum has 0.9 throughout; `torch.optim.Muon` takes matrices alone and

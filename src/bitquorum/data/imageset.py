@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import rng
+from bitquorum.data.room import gather
 from bitquorum.interface import DataError, InputError
 
 
@@ -85,7 +86,7 @@ class ImageSet:
         """
         given = torch.as_tensor(indices)
         chosen = self._positions(given if given.numel() else given.long())
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen], index=self.index[chosen])
+        return replace(self, images=gather(self.images, chosen), labels=self.labels[chosen], index=self.index[chosen])
 
     def take(self, count: int, *, seed: int | None = None) -> "ImageSet":
         """Return the first `count` examples or, with a seed, a random class-balanced sample.

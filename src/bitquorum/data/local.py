@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from bitquorum.data.imageset import ImageSet
+from bitquorum.data.room import room
 from bitquorum.interface import ConfigError, DataError, MissingDataError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -53,7 +54,7 @@ def read_folder(path: Path, split: str) -> ImageSet:
     ]
     if not files:
         raise DataError(f"folder:{path}: expected images in the class folders of {folder}, got none")
-    images = _stack((str(file), file) for file, _ in files)
+    images = _stack(((str(file), file) for file, _ in files), len(files))
     labels = torch.tensor([label for _, label in files])
     return ImageSet(
         name=f"folder:{path}",
@@ -99,15 +100,15 @@ def read_parquet(path: Path, split: str) -> ImageSet:
         if not pa.types.is_struct(schema.field(image).type) or not pa.types.is_integer(schema.field(label).type):
             got = f"{schema.field(image).type} and {schema.field(label).type}"
             raise DataError(f"parquet:{path}: expected a struct and an integer in {image}, {label}, got {got}")
-        tables = [pq.read_table(file, columns=[image, label]) for file in files]
-        labels = [value for table in tables for value in table[label].to_pylist()]
+        labels = [value for file in files for value in pq.read_table(file, columns=[label])[label].to_pylist()]
         classes = _class_names(schema.metadata or {}, label) or _numbers(path, label, pq)
-        cells = [cell for table in tables for cell in table[image].to_pylist()]
+        if not labels or any(value is None for value in labels):
+            raise DataError(f"parquet:{path}: expected a label in every row of {split}, got none in some or no row")
+        cells = _cells(files, image, pq)
+        rows = ((f"parquet:{path} ({split}), row {row}", _encoded(cell)) for row, cell in enumerate(cells))
+        images = _stack(rows, len(labels))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"parquet:{path}: expected readable Parquet files of one schema, got {error}") from error
-    if not labels or any(value is None for value in labels):
-        raise DataError(f"parquet:{path}: expected a label in every row of {split}, got none in some or no row")
-    images = _stack((f"parquet:{path} ({split}), row {row}", _encoded(cell)) for row, cell in enumerate(cells))
     return ImageSet(
         name=f"parquet:{path}",
         split=split,
@@ -157,30 +158,37 @@ def _numbers(path: Path, label: str, pq: Any) -> tuple[str, ...]:
     return tuple(str(number) for number in range(largest + 1))
 
 
+def _cells(files: list[Path], column: str, pq: Any) -> Iterator[Any]:
+    """Yield the cells of a column; never more than some hundred of them are in memory."""
+    for file in files:
+        with pq.ParquetFile(file) as table:
+            for part in table.iter_batches(batch_size=256, columns=[column]):
+                yield from part.column(0).to_pylist()
+
+
 def _encoded(cell: Any) -> io.BytesIO:
     return io.BytesIO(cell.get("bytes") or b"" if cell else b"")
 
 
-def _stack(images: Iterable[tuple[str, Path | io.BytesIO]]) -> UInt8[Tensor, "count channels height width"]:
-    """Return the decoded images as one tensor: one channel if all are grey, else three."""
-    decoded: list[UInt8[np.ndarray, "height width channels"]] = []
-    first = ""
-    for name, stream in images:
+def _stack(images: Iterable[tuple[str, Path | io.BytesIO]], count: int) -> UInt8[Tensor, "count channels height width"]:
+    """Return the decoded images as one tensor, mapped where it is large: one channel if all are grey, else three."""
+    stacked, first, grey = torch.empty(0), "", True
+    for row, (name, stream) in enumerate(images):
         pixels = _decode(name, stream)
-        if decoded and pixels.shape[:2] != decoded[0].shape[:2]:
+        if not row:
+            stacked, first = room((count, 3, *pixels.shape[:2])), name
+        if pixels.shape[:2] != stacked.shape[2:]:
             raise DataError(
-                f"{name}: expected the size of {first}, {_size(decoded[0])} pixels, got {_size(pixels)}; "
-                "scale all images to one size"
+                f"{name}: expected the size of {first}, {_size(stacked.shape[2:])} pixels, got "
+                f"{_size(pixels.shape[:2])}; scale all images to one size"
             )
-        first = first or name
-        decoded.append(pixels)
-    channels = max(pixels.shape[2] for pixels in decoded)
-    stacked = np.stack([np.broadcast_to(pixels, (*pixels.shape[:2], channels)) for pixels in decoded])
-    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+        stacked[row] = torch.from_numpy(pixels).permute(2, 0, 1)
+        grey = grey and pixels.shape[2] == 1
+    return stacked[:, :1] if grey else stacked
 
 
-def _size(pixels: UInt8[np.ndarray, "height width channels"]) -> str:
-    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
 
 
 def _decode(name: str, stream: Path | io.BytesIO) -> UInt8[np.ndarray, "height width channels"]:

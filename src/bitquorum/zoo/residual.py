@@ -60,8 +60,15 @@ class SmallResNet(Network):
             check_count("stem_stride", self.stem_stride)
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
-        style = {"activation": self.activation, "norm": self.norm}
-        return _basic(shape[0], self.widths, classes, blocks=1, stem_stride=self.stem_stride or 1, **style)
+        return _basic(
+            shape[0],
+            self.widths,
+            classes,
+            blocks=1,
+            activation=self.activation,
+            norm=self.norm,
+            stem_stride=self.stem_stride or 1,
+        )
 
 
 @final
