@@ -2,6 +2,8 @@
 
 import json
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from tests.test_cli import call
 
 from bitquorum import kernels
 from bitquorum.benchmark import WORKLOADS, Contender, Sizes, Workload, measure
-from bitquorum.benchmark.timing import kept_bytes
+from bitquorum.benchmark.timing import kept_bytes, run_apart
 from bitquorum.interface import InputError
+from bitquorum.report import benchmark_table
 
 
 def test_ratios_and_times_are_those_of_known_work():
@@ -44,7 +47,19 @@ def test_kept_bytes_count_each_memory_once():
     assert kept_bytes(lambda: x + 1) == 0
 
 
-@pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "startup"])
+def test_the_peak_of_a_process_is_that_of_what_it_holds():
+    code = "x = bytearray(300 << 20); x[::4096] = b'1' * len(x[::4096])"
+    contenders = tuple(
+        Contender(name=name, run=partial(run_apart, text), apart=True) for name, text in (("none", ""), ("much", code))
+    )
+    none, much = measure(Workload(name="memory", contenders=contenders, warmup=0, most=2), repeats=5)
+    assert 290 << 20 < much["peak_bytes"] - none["peak_bytes"] < 320 << 20
+    assert much["repeats"] == 2
+    with pytest.raises(InputError, match="expected the process to end well, got exit code 3"):
+        run_apart("raise SystemExit(3)")
+
+
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in ("startup", "memory")])
 def test_every_workload_runs_on_plain_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "compiler_available", lambda device="cpu": False)
     mode = kernels.mode()
@@ -62,6 +77,16 @@ def test_the_command_prints_and_stores(tmp_path: Path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["contender"] for row in rows][:2] == ["import torch", "import bitquorum"]
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_small_networks_has_a_peak():
+    sizes = replace(Sizes.small(), batch=4, threads=1)
+    (workload,) = WORKLOADS["memory"](sizes)
+    rows = measure(workload, repeats=2)
+    assert [row["peak_bytes"] > 50 << 20 for row in rows] == [True] * 3
+    table = benchmark_table(rows)
+    assert table.header[-1] == "peak GiB"
 
 
 # Guards: ratios within one process, with room for noise

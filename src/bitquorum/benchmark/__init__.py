@@ -6,12 +6,14 @@
 | `quantizer` | a quantized activation beside a clip and other quantizers |
 | `training` | the step of a training |
 | `attack` | PGD beside its bare passes and other libraries |
+| `memory` | the peak memory of an evaluation |
 | `startup` | `import bitquorum` and `bitquorum --help` beside `import torch` |
 """
 
 from collections.abc import Callable, Iterator
 
 from bitquorum.benchmark.attack import attack
+from bitquorum.benchmark.memory import memory
 from bitquorum.benchmark.quantizer import quantizer
 from bitquorum.benchmark.startup import startup
 from bitquorum.benchmark.timing import Contender, Sizes, Workload, measure
@@ -21,8 +23,20 @@ WORKLOADS: dict[str, Callable[[Sizes], Iterator[Workload]]] = {
     "quantizer": quantizer,
     "training": training,
     "attack": attack,
+    "memory": memory,
     "startup": startup,
 }
 """Name -> the workloads of one kind; each is built when its turn comes."""
 
-__all__ = ["WORKLOADS", "Contender", "Sizes", "Workload", "attack", "measure", "quantizer", "startup", "training"]
+__all__ = [
+    "WORKLOADS",
+    "Contender",
+    "Sizes",
+    "Workload",
+    "attack",
+    "measure",
+    "memory",
+    "quantizer",
+    "startup",
+    "training",
+]

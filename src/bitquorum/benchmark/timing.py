@@ -6,9 +6,13 @@ A disturbance of the machine then meets all of them, so that ratios hold where t
 import gc
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ class Sizes:
         steps: Steps of an attack.
         precision: Arithmetic of the training step, `float32` or `bfloat16`.
         device: Where to compute.
+        threads: Of torch, for workloads that start processes of their own.
     """
 
     shape: tuple[int, ...] = (128, 64, 32, 32)
@@ -40,6 +45,7 @@ class Sizes:
     steps: int = 10
     precision: str = "float32"
     device: str = "cpu"
+    threads: int = 2
 
     @classmethod
     def small(cls) -> "Sizes":
@@ -55,11 +61,13 @@ class Contender:
         name: For tables.
         run: Does it once.
         kept: Bytes kept for the backward pass, where that is measured.
+        apart: Whether `run` is a process of its own and returns its peak memory in bytes.
     """
 
     name: str
     run: Callable[[], object]
     kept: int | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,11 +78,13 @@ class Workload:
         name: For tables.
         contenders: At least one.
         warmup: Calls of each that are not counted (compilation, caches).
+        most: The largest number of repetitions, where one takes long.
     """
 
     name: str
     contenders: tuple[Contender, ...]
     warmup: int = 2
+    most: int | None = None
 
 
 def measure(workload: Workload, *, repeats: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -87,17 +97,23 @@ def measure(workload: Workload, *, repeats: int, seed: int = 0) -> list[dict[str
     """
     if repeats < 2:
         raise InputError(f"expected at least 2 repetitions, got {repeats}")
+    repeats = min(repeats, workload.most or repeats)
     for contender in workload.contenders:
         for _ in range(workload.warmup):
             _seconds(contender)
     times: list[list[float]] = [[] for _ in workload.contenders]
+    peaks: dict[str, list[Any]] = {contender.name: [] for contender in workload.contenders if contender.apart}
     shuffle = random.Random(seed)
     gc.collect()
     gc.disable()
     try:
         for _ in range(repeats):
             for index in shuffle.sample(range(len(times)), len(times)):
-                times[index].append(_seconds(workload.contenders[index]))
+                contender = workload.contenders[index]
+                seconds, result = _seconds(contender)
+                times[index].append(seconds)
+                if contender.apart:
+                    peaks[contender.name].append(result)
     finally:
         gc.enable()
     reference = workload.contenders[0]
@@ -110,6 +126,7 @@ def measure(workload: Workload, *, repeats: int, seed: int = 0) -> list[dict[str
             "milliseconds": _summary([1e3 * value for value in values]),
             "ratio": _summary([a / b for a, b in zip(values, times[0], strict=True)]),
             "kept": contender.kept / reference.kept if contender.kept and reference.kept else None,
+            **({"peak_bytes": max(peaks[contender.name])} if contender.apart else {}),
         }
         for contender, values in zip(workload.contenders, times, strict=True)
     ]
@@ -135,14 +152,45 @@ def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
     return sum(kept.values())
 
 
-def _seconds(contender: Contender) -> float:
+_PRELUDE = """
+import atexit, sys
+def _peak(place=sys.argv[1]):
+    try:
+        with open("/proc/self/status") as status:
+            peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+    except OSError:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open(place, "w") as file:
+        file.write(str(peak))
+atexit.register(_peak)
+"""
+
+
+def run_apart(code: str) -> int:
+    """Run Python code in a process of its own and return the peak of its resident memory in bytes.
+
+    Raises:
+        InputError: if it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "peak"
+        done = subprocess.run(
+            [sys.executable, "-c", _PRELUDE + code, str(place)], stdout=subprocess.DEVNULL, check=False
+        )
+        if done.returncode:
+            raise InputError(f"expected the process to end well, got exit code {done.returncode}; its error is above")
+        return int(place.read_text())
+
+
+def _seconds(contender: Contender) -> tuple[float, object]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    contender.run()
+    result = contender.run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def _summary(values: list[float]) -> dict[str, float]:

@@ -41,7 +41,8 @@ def doctor(data: DataRoot = None) -> None:
 @app.command()
 def benchmark(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Which to run, of `quantizer`, `training`, `attack`, `startup`; all.")
+        list[str] | None,
+        typer.Argument(help="Which to run, of `quantizer`, `training`, `attack`, `memory`, `startup`; all."),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     repeats: Annotated[int, typer.Option(help="Repetitions of each workload.")] = 11,
@@ -74,7 +75,7 @@ def benchmark(
         raise ConfigError(f"expected at least 1 thread and 2 repeats, got {threads} and {repeats}")
     torch.set_num_threads(threads)
     sizes = Sizes.small() if small else Sizes()
-    sizes = replace(sizes, precision=precision, device=device_named(device))
+    sizes = replace(sizes, precision=precision, device=device_named(device), threads=threads)
     rows = []
     with bars() as listener:
         for name in names or WORKLOADS:

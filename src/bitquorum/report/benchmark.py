@@ -13,6 +13,7 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: Of `benchmark.measure`.
     """
     counts = sorted({row["repeats"] for row in rows})
+    peaks = any("peak_bytes" in row for row in rows)
     body = [
         (
             row["workload"],
@@ -20,6 +21,7 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
             _spread(row["milliseconds"], 1),
             _spread(row["ratio"], 2),
             "-" if row["kept"] is None else f"{row['kept']:.2f}",
+            *([f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else "-"] if peaks else []),
         )
         for row in rows
     ]
@@ -27,8 +29,9 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
         f"Median and quartiles of {' or '.join(map(str, counts))} repetitions, in which all contenders of a workload "
         "are timed in turn. Ratio: to the first of the workload, within a repetition. Kept: bytes held for the "
         "backward pass, as a multiple of the first's."
-    )
-    return Table(header=("workload", "contender", "milliseconds", "ratio", "kept"), rows=tuple(body), note=note)
+    ) + (" Peak: resident memory of a process of its own." if peaks else "")
+    header = ("workload", "contender", "milliseconds", "ratio", "kept", *(["peak GiB"] if peaks else []))
+    return Table(header=header, rows=tuple(body), note=note)
 
 
 def _spread(value: dict[str, float], digits: int) -> str:

@@ -1,0 +1,46 @@
+"""Measure the peak memory of an evaluation, in a process of its own."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, run_apart
+
+_CODE = """
+import torch
+from bitquorum import Ensemble, Policy
+from bitquorum.attacks import PGD
+from bitquorum.data import ImageSet
+from bitquorum.evaluate import Evaluation
+from bitquorum.zoo import ResNet18
+
+torch.manual_seed(0)
+torch.set_num_threads({threads})
+networks = [ResNet18(width={width})(classes=10, shape=(3, 32, 32)) for _ in range(3)]
+ensemble = Ensemble.build(networks, [Policy(weight_bits={bits}, activation_bits={bits})] * 3).eval()
+labels = torch.arange({batch}) % 10
+images = torch.randint(0, 256, ({batch}, 3, 32, 32), dtype=torch.uint8)
+data = ImageSet(
+    name="noise", split="test", images=images, labels=labels, classes=tuple("0123456789"), index=torch.arange({batch})
+)
+attacks = (PGD(steps=1, eot=20),) if {attacked} else ()
+evaluation = Evaluation(epsilons=(5 / 255,), attacks=attacks, examples={batch}, draws=20, batch_size={batch})
+evaluation(ensemble, data)
+"""
+
+
+def memory(sizes: Sizes) -> Iterator[Workload]:
+    """Yield the evaluation of three ResNet-18 under 20 draws, clean and attacked with 20 draws a step."""
+    width = 64 if sizes.widths[0] > 4 else sizes.widths[0]
+    batch = min(sizes.batch, 50)
+    code = partial(_CODE.format, width=width, bits=sizes.bits, batch=batch, threads=sizes.threads)
+    name = f"3 x ResNet-18, {batch} images, 20 draws"
+    yield Workload(
+        name="memory",
+        contenders=(
+            Contender(name="import torch", run=partial(run_apart, "import torch"), apart=True),
+            Contender(name=f"{name}, clean", run=partial(run_apart, code(attacked=False)), apart=True),
+            Contender(name=f"{name}, one step of PGD", run=partial(run_apart, code(attacked=True)), apart=True),
+        ),
+        warmup=0,
+        most=2,
+    )
