@@ -64,6 +64,7 @@ def _functions(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
         yield "SQ Logistic, learned range", partial(_ours, learned, "compiled")
     yield "torch fake_quantize with noise", partial(_fake, bits)
     yield from _brevitas(bits, device)
+    yield from _torchao(bits)
 
 
 def _ours(quantize: Quantizer, mode: kernels.Mode, x: Tensor) -> Tensor:
@@ -73,8 +74,12 @@ def _ours(quantize: Quantizer, mode: kernels.Mode, x: Tensor) -> Tensor:
 
 def _fake(bits: int, x: Tensor) -> Tensor:
     top = 2**bits - 1
-    noise = torch.empty_like(x).uniform_().logit_().mul_(Logistic().scale * _HIGH / top)
-    return torch.fake_quantize_per_tensor_affine(x + noise, _HIGH / top, 0, 0, top)
+    return torch.fake_quantize_per_tensor_affine(_noisy(bits, x), _HIGH / top, 0, 0, top)
+
+
+def _noisy(bits: int, x: Tensor) -> Tensor:
+    """Return the input plus logistic noise of the variance that SQ's has, by torch's own generator."""
+    return x + torch.empty_like(x).uniform_().logit_().mul_(Logistic().scale * _HIGH / (2**bits - 1))
 
 
 def _brevitas(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
@@ -85,5 +90,18 @@ def _brevitas(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
     except ImportError:
         return
     relu = QuantReLU(act_quant=Uint8ActPerTensorFloatMaxInit, bit_width=bits, max_val=_HIGH).to(device)
-    scale = Logistic().scale * _HIGH / (2**bits - 1)
-    yield "Brevitas QuantReLU with noise", lambda x: relu(x + torch.empty_like(x).uniform_().logit_().mul_(scale))
+    yield "Brevitas QuantReLU with noise", lambda x: relu(_noisy(bits, x))
+
+
+def _torchao(bits: int) -> Iterator[tuple[str, _Function]]:
+    """Yield the peer's fake quantizer of activations, with a scale for each row, with noise; nothing if missing."""
+    try:
+        from torchao.quantization.qat import (  # pyright: ignore[reportMissingImports]
+            IntxFakeQuantizeConfig,
+            IntxFakeQuantizer,
+        )
+    except ImportError:
+        return
+    config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), "per_token", is_symmetric=False)
+    fake = IntxFakeQuantizer(config)
+    yield "torchao IntxFakeQuantizer with noise", lambda x: fake(_noisy(bits, x))
