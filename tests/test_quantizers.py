@@ -596,3 +596,24 @@ def test_bad_arguments_are_refused(options, message):
 def test_bad_laws_are_refused(law, options):
     with pytest.raises(InputError, match="expected a"):
         law(**options)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [Logistic(), Gaussian(), SmoothRounding(), StochasticRounding(), Deterministic(smooth_as=SmoothRounding())],
+    ids=str,
+)
+def test_the_mean_twin_has_the_value_and_the_derivatives_of_the_mean_over_thresholds(law):
+    x = torch.linspace(-1, 4, 41, dtype=torch.float64, requires_grad=True)
+    quantizer = Quantizer(4, high=3.0, law=law).double()
+    smooth = law.smooth_as if isinstance(law, Deterministic) else law
+    with without_noise("mean"):
+        value = quantizer(x)
+    z = x / 3.0 * 15
+    expected = sum(smooth.cdf(z - k - 0.5, smooth.scale) for k in range(15)) / 15 * 3.0
+    torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+    slopes = [torch.autograd.grad(y.sum(), x, create_graph=True)[0] for y in (value, expected)]
+    torch.testing.assert_close(*slopes, atol=1e-6, rtol=0)
+    if not isinstance(smooth, StochasticRounding):
+        curvatures = [torch.autograd.grad(slope.sum(), x)[0] for slope in slopes]
+        torch.testing.assert_close(*curvatures, atol=1e-5, rtol=0)

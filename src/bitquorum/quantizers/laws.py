@@ -186,6 +186,10 @@ class SmoothRounding(SmoothLaw):
         tail = scale * (functional.softplus((lower + 0.5) / scale) - functional.softplus((lower - 0.5) / scale))
         return torch.where(y <= 0, tail, 1 - tail)
 
+    def clip(self, z: Float[Tensor, "*shape"], top: int, scale: Tensor | float) -> Float[Tensor, "*shape"]:
+        """Return the mean code, the sum of `cdf` over all thresholds."""
+        return scale * (functional.softplus(z / scale) - functional.softplus((z - top) / scale))
+
     def pdf(self, y: Float[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
         """Return s((1/2 - |y|) / rho) - s((-1/2 - |y|) / rho) with s the sigmoid."""
         lower = y.abs_().neg_()

@@ -27,6 +27,8 @@ LAWS: dict[type[Law], kernels.LawName] = {**SMOOTH, StochasticRounding: "uniform
 
 def mean_code(z: Float[Tensor, "*shape"], top: int, law: Law, scale: Tensor | float) -> Float[Tensor, "*shape"]:
     """Return $M(z)$ by differentiable operations: any order, also with respect to `scale`. Shapes are kept."""
+    if isinstance(law, SmoothRounding):
+        return law.clip(z, top, scale)
     half = _window(law, scale)
     if 2 * half + 1 >= top:
         return torch.stack([law.cdf(z - k - 0.5, scale) for k in range(top)]).sum(0)

@@ -293,10 +293,13 @@ class Quantizer(nn.Module):
 
     def _without_noise(self, z: Tensor, kind: twin.Twin) -> Tensor:
         if kind == "mean":
-            if isinstance(self.law, Deterministic):
-                law = self.law.smooth_as or Logistic()
-                return mean_code(z, self.top, law, law.scale)
-            return mean_code(z, self.top, self.law, self.scale())
+            law, scale = self.law, self.scale()
+            if isinstance(law, Deterministic):
+                law = law.smooth_as or Logistic()
+                scale = law.scale
+            if isinstance(scale, Tensor) or not isinstance(law, SmoothLaw):
+                return mean_code(z, self.top, law, scale)
+            return attach_mean(mean_code(z.detach(), self.top, law, scale), z, self.top, law, scale)
         inside = z.clamp(0, self.top)
         return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
 
