@@ -49,9 +49,7 @@ def _contender(
 
 
 def _policy(bits: int, law: Law) -> Policy:
-    return Policy(
-        weight_bits=bits, activation_bits=bits, weight_law=Deterministic(), activation_law=law, learned="weights"
-    )
+    return Policy(weight_bits=bits, activation_bits=bits, weight_law=Deterministic(), activation_law=law)
 
 
 def _step(ensemble: Ensemble, objective: Objective, sizes: Sizes, mode: kernels.Mode) -> Callable[[], object]:
