@@ -2,13 +2,14 @@
 
 Every random choice is keyed: the order of the data by (seed, epoch), augmentation by (seed, epoch, example), quantizer
 noise by (seed, step, layer, example). The state of the training is therefore the weights, the optimizer, the terms'
-memory and two integers; nothing else is saved, and a process that is killed at any moment resumes to the same end.
+memory and two integers; nothing else is saved, and a process that is killed at any moment resumes to the same end. On
+CUDA a step that allows it is recorded and replayed (`capture`); its noise is keyed by (seed, layer, step and example).
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum import rng
+from bitquorum.capture import CapturedStep, fits_capture
 from bitquorum.conversion import calibrate
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
@@ -33,6 +35,7 @@ from bitquorum.quantizers import Quantizer
 Optimizer = Literal["sgd", "muon", "adamw", "adam"]
 Schedule = Literal["onecycle", "cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
+_RESIDENT = 8 << 30  # bytes of images that a GPU keeps in its own memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +173,8 @@ class _Training:
             raise InputError(
                 f"expected at least one batch of {trainer.batch_size} images, got {len(data)}; lower batch_size"
             )
-        self.trainer, self.data, self.objective = trainer, data, objective
+        self.trainer, self.objective = trainer, objective
+        self.data = data.to(device) if device.type == "cuda" and data.images.nbytes <= _RESIDENT else data
         self.seed, self.device = seed, device
         layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
         self.layout = layout
@@ -182,6 +186,7 @@ class _Training:
         self.order, self.ordered = torch.empty(0, dtype=torch.int64), -1
         self.memory: dict[str, Tensor] = {}
         self.optimizer = _optimizer(trainer, self.ensemble)
+        self.captured = self._capture()
         self.average: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}
         self.counted: dict[str, int] = {}
@@ -241,24 +246,13 @@ class _Training:
         rate = self.trainer.lr_at(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("ratio", 1.0)
-        if self.objective.needs_image_gradient:
-            images = images.requires_grad_()
-        with self._autocast():
-            loss, values = self.objective(
-                Step(
-                    ensemble=self.ensemble,
-                    images=images,
-                    labels=labels,
-                    examples=examples,
-                    progress=progress,
-                    seed=rng.derive(self.seed, "step", self.step),
-                    memory=self.memory,
-                    reduce=_Mean() if self.world > 1 else Reduce(),
-                )
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:  # not so while every term waits for its warm-up
-            loss.backward()
+        if self.captured is not None:
+            examples = examples + (self.step << 32)  # a record holds the seed fixed: the noise is keyed by both
+            loss, values = self.captured(images, labels, examples, self.objective.weights_at(progress))
+        else:
+            seed = rng.derive(self.seed, "step", self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, values = self._pass(images, labels, examples, progress=progress, seed=seed)
             self._reduce_gradients(len(images))
         if self.trainer.clip:
             nn.utils.clip_grad_norm_(self.ensemble.parameters(), self.trainer.clip)
@@ -266,11 +260,47 @@ class _Training:
             self.optimizer.step()
         self.step += 1
         self._average()
-        self._log({"loss": loss.detach(), **values, "lr": torch.tensor(rate)})
+        self._log({"loss": loss, **values, "lr": torch.tensor(rate)})
+
+    def _pass(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        examples: Tensor,
+        weights: Sequence[float | Tensor] | None = None,
+        *,
+        progress: float,
+        seed: int,
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Return the loss of a batch and the values of its terms; gradients lie in the parameters."""
+        if self.objective.needs_image_gradient:
+            images = images.requires_grad_()
+        step = Step(
+            ensemble=self.ensemble,
+            images=images,
+            labels=labels,
+            examples=examples,
+            progress=progress,
+            seed=seed,
+            memory=self.memory,
+            reduce=_Mean() if self.world > 1 else Reduce(),
+        )
+        with self._autocast():
+            loss, values = self.objective(step, weights)
+        if loss.requires_grad:  # not so while every term waits for its warm-up
+            loss.backward()
+        return loss.detach(), values
+
+    def _capture(self) -> CapturedStep | None:
+        """Return a step to be recorded, where one can be."""
+        if self.world > 1 or not fits_capture(self.ensemble, self.objective, self.device):
+            return None
+        body = partial(self._pass, progress=1.0, seed=rng.derive(self.seed, "captured"))
+        return CapturedStep(body, [p for p in self.ensemble.parameters() if p.requires_grad])
 
     def _reduce_gradients(self, images: int) -> None:
         """Average gradients over the processes, weighted by their share of the batch."""
-        if self.world == 1:
+        if self.world == 1 or all(p.grad is None for p in self.ensemble.parameters()):
             return
         share = images * self.world / self.trainer.batch_size
         gradients = [p.grad for p in self.ensemble.parameters() if p.grad is not None]
@@ -285,15 +315,18 @@ class _Training:
 
     def _average(self) -> None:
         decay = min(self.trainer.ema, (1 + self.step) / (10 + self.step))  # short memory at the start
-        for name, value in self.ensemble.state_dict().items() if self.average else ():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - decay)
-            else:
-                self.average[name].copy_(value)
+        if not self.average:
+            return
+        state = self.ensemble.state_dict()
+        moving = [name for name, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.average[name] for name in moving], [state[name] for name in moving], 1 - decay)
+        for name in state.keys() - set(moving):
+            self.average[name].copy_(state[name])
 
     def _log(self, values: dict[str, Tensor | float]) -> None:
         for name, value in values.items():
-            self.totals[name] = self.totals.get(name, torch.zeros(())) + torch.as_tensor(value).cpu()
+            # Added up where it lies: to ask a GPU for a number at every step would stop it.
+            self.totals[name] = self.totals.get(name, torch.zeros(())) + torch.as_tensor(value).detach()
             self.counted[name] = self.counted.get(name, 0) + 1
         if self._due() or self.step == self.steps:
             self._check_finite()
@@ -355,7 +388,7 @@ class _Training:
         part = partial(_under, state)
         self.ensemble.load_state_dict(part("model."))
         self.average, self.memory = part("average."), part("memory.")
-        self.totals = {name: value.cpu() for name, value in part("total.").items()}
+        self.totals = part("total.")
         self.step, self.counted = counts["step"], counts["counted"]
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in part("optimizer.").items():

@@ -49,12 +49,18 @@ def run(
 
 @app.command()
 def train(
-    source: Source, overrides: Overrides = None, runs: Root = RUNS, data: DataRoot = None, device: Device = "auto"
+    source: Source,
+    overrides: Overrides = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="Train this arm only; may be given again.")] = None,
+    runs: Root = RUNS,
+    data: DataRoot = None,
+    device: Device = "auto",
 ) -> None:
     """Train every arm of an experiment without attacking it.
 
-    On several devices or processes: `torchrun --nproc-per-node 2 -m bitquorum train PRESET`. Then attack with
-    `bitquorum evaluate RUN`, or finish with `bitquorum run` and the same arguments.
+    On several devices or processes: `torchrun --nproc-per-node 2 -m bitquorum train PRESET`. On several machines: an
+    arm each by `--arm`, then the folders of the arms together. Then attack with `bitquorum evaluate RUN`, or finish
+    with `bitquorum run` and the same arguments.
     """
     from bitquorum import experiment
     from bitquorum.config import read
@@ -62,7 +68,7 @@ def train(
     chosen, place = read(source, overrides or []), device_named(device)
     stored = experiment.create(chosen, runs)
     with resumable(stored), processes(place), bars() as listener:
-        experiment.train(chosen, runs, device=place, data_root=data, listener=listener)
+        experiment.train(chosen, runs, arms=arm or (), device=place, data_root=data, listener=listener)
     if speaks():
         out.print(f"Trained; the run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 

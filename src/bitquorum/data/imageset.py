@@ -74,6 +74,11 @@ class ImageSet:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """Return the set with its tensors on `device`."""
+        parts = {name: getattr(self, name).to(device) for name in ("images", "labels", "index")}
+        return replace(self, **parts)
+
     def select(self, indices: Int[Tensor, "count"] | Sequence[int]) -> "ImageSet":
         """Return the examples at the positions `indices`, in that order.
 
@@ -175,7 +180,7 @@ class ImageSet:
             low, high = (int(bound) for bound in torch.aminmax(positions))
             if low < 0 or high >= len(self):
                 raise InputError(f"{where}: expected positions in 0..{len(self) - 1}, got {low}..{high}")
-        return positions.to(self.images.device, torch.long)
+        return positions.to(self.images.device, torch.long, non_blocking=True)
 
 
 def _where(mask: Bool[Tensor, "examples"]) -> Int[Tensor, "count"]:

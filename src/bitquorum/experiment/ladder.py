@@ -15,7 +15,7 @@ from bitquorum.config import Arm, Experiment
 from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Step, Verdict, interval, run_checks
-from bitquorum.experiment.runs import experiment_of, restored, working
+from bitquorum.experiment.runs import choose_arms, experiment_of, restored, working
 from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import Cost, DataError, Listener
 from bitquorum.peers import check_peer, second_opinion
@@ -52,7 +52,7 @@ def climb_run(
         BitquorumError: if an arm or a peer is unknown or not trained, data are missing, or a stored file is corrupt.
     """
     experiment = experiment_of(stored)
-    chosen = _choose(experiment, arms)
+    chosen = choose_arms(experiment, arms)
     for name in also:
         check_peer(name)
     folder = ladder_folder(stored, ladder)
@@ -105,14 +105,6 @@ def verdicts(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
     """Return the stored verdicts of the self-checks, one row for each arm, epsilon and check."""
     folder = ladder_folder(stored, ladder)
     return [row for path in sorted(folder.glob("*/verdicts.jsonl")) for row in read_jsonl(path)]
-
-
-def _choose(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
-    known = {arm.name: arm for arm in experiment.arms}
-    for name in names:
-        if name not in known:
-            raise DataError(f"expected an arm among {', '.join(known)}, got {name!r}")
-    return [known[name] for name in names] if names else list(experiment.arms)
 
 
 def examples_of(test: ImageSet, device: str) -> Examples:

@@ -77,7 +77,7 @@ def run(
         return stored
     listener = listener or Listener()
     with working(stored, experiment, "run"):
-        train_arms(experiment, stored, device=device, data_root=data_root, listener=listener)
+        train_arms(experiment, stored, experiment.arms, device=device, data_root=data_root, listener=listener)
         if _first():
             evaluate_arms(
                 experiment,
@@ -94,16 +94,21 @@ def train(
     experiment: Experiment,
     root: Path,
     *,
+    arms: Sequence[str] = (),
     device: str = "cpu",
     data_root: Path | None = None,
     listener: Listener | None = None,
 ) -> Run:
-    """Train every arm and return the run, without attacks."""
-    stored = create(experiment, root)
-    if _is_trained(experiment, stored):
+    """Train every arm, or the named ones, and return the run, without attacks.
+
+    Raises:
+        BitquorumError: as `run`; and if an arm is unknown.
+    """
+    stored, chosen = create(experiment, root), choose_arms(experiment, arms)
+    if all(_weights(stored, arm).exists() for arm in chosen):
         return stored
     with working(stored, experiment, "train"):
-        train_arms(experiment, stored, device=device, data_root=data_root, listener=listener or Listener())
+        train_arms(experiment, stored, chosen, device=device, data_root=data_root, listener=listener or Listener())
     return stored
 
 
@@ -146,10 +151,31 @@ def progress_of(stored: Run) -> str:
     return "complete" if _is_complete(experiment, experiment.evaluation, results(stored)) else "trained"
 
 
-def train_arms(experiment: Experiment, stored: Run, *, device: str, data_root: Path | None, listener: Listener) -> None:
-    """Train the arms that are not trained yet; under torchrun every process takes part."""
+def choose_arms(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
+    """Return the named arms, all of them without a name.
+
+    Raises:
+        DataError: if an arm is unknown.
+    """
+    known = {arm.name: arm for arm in experiment.arms}
+    for name in names:
+        if name not in known:
+            raise DataError(f"expected an arm among {', '.join(known)}, got {name!r}")
+    return [known[name] for name in names] if names else list(experiment.arms)
+
+
+def train_arms(
+    experiment: Experiment,
+    stored: Run,
+    arms: Sequence[Arm],
+    *,
+    device: str,
+    data_root: Path | None,
+    listener: Listener,
+) -> None:
+    """Train those of the arms that are not trained yet; under torchrun every process takes part."""
     images: ImageSet | None = None
-    for arm in experiment.arms:
+    for arm in arms:
         path = _weights(stored, arm)
         if path.exists():
             continue

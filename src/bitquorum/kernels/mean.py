@@ -3,9 +3,13 @@ r"""Sum the density of the noise, and its slope, over the thresholds of a quanti
 With the mean code $M(z) = \sum_k F(z - k - 1/2)$ these are $M'(z)$ and $M''(z)$. Both follow from the lower half of the
 range by symmetry about $\mathrm{top} / 2$, where no difference of numbers near one occurs: exact to rounding in both
 tails. The sum runs over all thresholds, or over a window that holds every threshold nearer than the law's reach; the
-rest contribute less than 1e-7. The logistic law takes one exponential for all thresholds, since
-$\sigma((x - t) / \rho) = a / (a + c)$ with $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$. The sum of smooth
-rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$.
+rest contribute less than 1e-7.
+
+- Logistic noise needs one exponential for all thresholds, since $\sigma((x - t) / \rho) = a / (a + c)$ with
+  $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$. With many levels few thresholds are summed one by one, one on
+  either side at the default scale; the densities beyond, $\sum_m (-1)^{m+1} m\, y^m$ with $y = e^{-|x - t| / \rho}$
+  small, are geometric series in the thresholds, so that four terms $m$ sum all of them.
+- The sum of smooth rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$.
 """
 
 import math
@@ -25,13 +29,14 @@ Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, 
 
 _REACH = {"logistic": 17.0, "gaussian": 5.5}  # in scales; beyond, the density is below 1e-7; the third has closed sums
 _LARGEST = 80.0  # of the exponents, for float32
+_SERIES = 4  # terms for each logistic density outside of the window: 5 exp(-5 d) is below 1e-7 from
+_NEAR = 4.0  # scales on
 _UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
 
 
 def fits(law: SmoothLawName, top: int, scale: float) -> bool:
     """Return whether the sums stay inside float32: only very narrow logistic noise leaves it."""
-    half = _half(law, top, scale)
-    return _exponents_fit(law, top / 2 if half is None else half + 0.5, scale)
+    return _exponents_fit(law, top / 2 if _half(law, top, scale) is None else 0.5, scale)
 
 
 def slope(z: Float[Tensor, "*shape"], *, law: SmoothLawName, top: int, scale: float) -> Float[Tensor, "*shape"]:
@@ -83,7 +88,8 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
 
 def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
     """Return whether the sums are short enough for compiled code, and inside float32."""
-    return fits(law, top, scale) and len(_table(law, top, _half(law, top, scale), scale)) <= _UNROLLED + 2
+    half = _half(law, top, scale)
+    return fits(law, top, scale) and (law == "smooth-rounding" or _count(top, half) <= _UNROLLED)
 
 
 def compiled_table(
@@ -102,17 +108,27 @@ def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
     """Return the half width of the window, or `None` to sum all thresholds, which need no mask."""
     if law == "smooth-rounding":
         return None
+    if law == "logistic":  # the thresholds above the highest, which the series counts, must be out of reach
+        half = math.ceil(_NEAR * scale)
+        far, cheaper = (top + 1) / 2 < _REACH[law] * scale, 2 * half + 4 >= top
+        return None if far or (cheaper and _exponents_fit(law, top / 2, scale)) else half
     half = math.ceil(_REACH[law] * scale) + 1
-    count = 2 * half + 1
-    cheaper = 3 * count >= 2 * top and _exponents_fit(law, top / 2, scale)
-    return None if count >= top or cheaper else half
+    return None if 3 * (2 * half + 1) >= 2 * top else half
+
+
+def _count(top: int, half: int | None) -> int:
+    return top if half is None else 2 * half + 1
 
 
 @lru_cache(maxsize=256)
 def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
-    """Return 1 / scale, the least argument in scales, and a constant for each threshold."""
+    """Return 1 / scale, the least argument in scales, and a constant for each threshold (or for the series)."""
     if law == "smooth-rounding":
         return (1 / scale,)
+    if law == "logistic" and half is not None:
+        ratio = math.exp(-1 / scale)
+        series = ((-1) ** (m + 1) * m / (1 - ratio**m) for m in range(1, _SERIES + 1))
+        return (1 / scale, -_LARGEST, math.exp(-0.5 / scale), ratio, *series)
     if half is None:
         offsets = [k + 0.5 - top / 2 for k in range(top)]
         least = offsets[0] / scale - 30.0
@@ -146,9 +162,12 @@ def sums(
     if law == "smooth-rounding":
         return _smooth_rounding(z, table, top, order)
     x = torch.minimum(z, top - z)
-    anchor = None if half is None else x.floor().clamp_(min=-half - 1)
-    x.sub_(top / 2 if half is None else anchor).mul_(table[0]).clamp_(min=table[1])
-    sums = (_logistic if law == "logistic" else _gaussian)(x, anchor, table, top, half, order)
+    if law == "logistic" and half is not None:
+        sums = _logistic_window(x, table, half, order)
+    else:
+        anchor = None if half is None else x.floor().clamp_(min=-half - 1)
+        x.sub_(top / 2 if half is None else anchor).mul_(table[0]).clamp_(min=table[1])
+        sums = _logistic(x, table, top, order) if law == "logistic" else _gaussian(x, anchor, table, top, half, order)
     sums[0].mul_(table[0])
     if order == 2:
         sums[1].mul_(table[0]).mul_(table[0]).mul_((top - 2 * z).sign_())
@@ -165,16 +184,12 @@ def _smooth_rounding(z: Tensor, table: Table, top: int, order: int) -> tuple[Ten
 
 
 @no_type_check
-def _logistic(
-    x: Tensor, anchor: Tensor | None, table: Table, top: int, half: int | None, order: int
-) -> tuple[Tensor, ...]:
+def _logistic(x: Tensor, table: Table, top: int, order: int) -> tuple[Tensor, ...]:
     a, s, first = x.exp_(), torch.empty_like(x), torch.zeros_like(x)
     square, second = (torch.empty_like(x), torch.zeros_like(x)) if order == 2 else (None, None)
-    for index in range(top if half is None else 2 * half + 1):
+    for index in range(top):
         torch.add(a, table[2 + index], out=s)
         torch.div(a, s, out=s)
-        if half is not None:
-            s.mul_(anchor >= half - index)
         if order == 1:
             first.add_(s).addcmul_(s, s, value=-1)  # s (1 - s)
         else:
@@ -182,6 +197,35 @@ def _logistic(
             first.add_(s).sub_(square)
             second.add_(square).addcmul_(square, s, value=-1)  # s^2 (1 - s)
     return (first,) if order == 1 else (first, second.mul_(-2).add_(first))
+
+
+@no_type_check
+def _logistic_window(x: Tensor, table: Table, half: int, order: int) -> tuple[Tensor, ...]:
+    """Sum `half` thresholds on either side of x, and all beyond by the series; x in steps, in the lower half."""
+    rate, least, ratio = table[0], table[1], table[3]
+    anchor = (x + 0.5).floor().clamp(min=0)  # the number of thresholds below
+    over = (x - anchor) * rate
+    above = torch.exp(over.clamp(min=least)) * table[2]  # y of the threshold next above
+    below = torch.exp(-over.clamp(min=-0.5 * rate)) * table[2]
+    missing = torch.exp(-x.clamp(min=0) * rate) * table[2]  # y of the first threshold that the range lacks
+    first = second = 0.0
+    for index in range(half):
+        exists = anchor > index
+        for y, sign in ((above, 1), (below, -1)):
+            r = 1 / (1 + y)
+            density = y * r * r
+            density = density if sign > 0 else density * exists
+            first = first + density
+            second = second + sign * density * (1 - y) * r
+        above, below = above * ratio, below * ratio
+    exists = anchor >= half
+    powers = above, below, missing
+    for m in range(1, _SERIES + 1):
+        up, down = powers[0], (powers[1] - powers[2]) * exists
+        first = first + table[3 + m] * (up + down)
+        second = second + m * table[3 + m] * (up - down)
+        powers = powers[0] * above, powers[1] * below, powers[2] * missing
+    return (first,) if order == 1 else (first, second)
 
 
 @no_type_check

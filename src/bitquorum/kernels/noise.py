@@ -41,8 +41,10 @@ def uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"
     counter = _counter(torch.Size((width,)), (0,), keys.device)
     for rows, columns in _blocks(out):
         part = out[rows, columns]
-        start = torch.tensor([columns.start, 0], dtype=torch.int32, device=keys.device)  # added to the counter's key
-        part.copy_(_uniform(halves[rows] + start, counter[: part.shape[1]]))
+        those = halves[rows]
+        if columns.start:  # never so on a GPU, where a tensor from the host would stop it
+            those = those + torch.tensor([columns.start, 0], dtype=torch.int32)
+        part.copy_(_uniform(those, counter[: part.shape[1]]))
     return out
 
 

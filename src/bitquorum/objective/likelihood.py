@@ -26,6 +26,11 @@ class MemberCrossEntropy(Term):
         if not 0 <= self.smoothing < 1:
             raise InputError(f"expected label smoothing in [0, 1), got {self.smoothing}")
 
+    @property
+    def capturable(self) -> bool:
+        """Always."""
+        return True
+
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean over members and examples."""
         return cross_entropy(step.logits, step.labels, self.smoothing).mean()
@@ -35,6 +40,11 @@ class MemberCrossEntropy(Term):
 @dataclass(frozen=True, kw_only=True)
 class EnsembleCrossEntropy(Term):
     r"""Take the cross-entropy of the mean probability: $CE(\bar p, y)$, in nats."""
+
+    @property
+    def capturable(self) -> bool:
+        """Always."""
+        return True
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean over examples."""

@@ -70,6 +70,11 @@ class InputGradient(Term):
         if self.share is not None and not 0 < self.share <= 1:
             raise InputError(f"expected a share of the steps in (0, 1], or none for all, got {self.share}")
 
+    @property
+    def capturable(self) -> bool:
+        """Unless it chooses steps."""
+        return self.share is None
+
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean norm over examples (and members), in nats (or logits) per unit of the image."""
         if self.share is None:

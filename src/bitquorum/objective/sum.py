@@ -1,6 +1,7 @@
 """Add the terms up."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -41,13 +42,23 @@ class Objective(Method):
         """Whether the images of a step must carry a gradient."""
         return any(term.needs_image_gradient for term in self.terms)
 
-    def __call__(self, step: Step) -> tuple[Float[Tensor, ""], dict[str, float | Tensor]]:
-        """Return the loss and every term's unweighted value by name; a term of weight zero is not computed."""
+    def weights_at(self, progress: float) -> list[float]:
+        """Return the weight of each term at a share of the training."""
+        return [term.weight_at(progress) for term in self.terms]
+
+    def __call__(
+        self, step: Step, weights: Sequence[float | Tensor] | None = None
+    ) -> tuple[Float[Tensor, ""], dict[str, float | Tensor]]:
+        """Return the loss and every term's unweighted value by name; a term whose weight is the number 0 is left out.
+
+        Args:
+            step: The batch.
+            weights: Of the terms; by default those of the step's progress.
+        """
         total = torch.zeros((), device=step.images.device)
         values: dict[str, float | Tensor] = {}
-        for term in self.terms:
-            weight = term.weight_at(step.progress)
-            if weight == 0:
+        for term, weight in zip(self.terms, weights or self.weights_at(step.progress), strict=True):
+            if isinstance(weight, float) and weight == 0:
                 continue
             value = term(step)
             values[type(term).__name__] = value.detach()

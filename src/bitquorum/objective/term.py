@@ -102,13 +102,18 @@ class Term(Method, ABC):
     warmup: float = 0.0
     needs_image_gradient: ClassVar[bool] = False
 
+    @property
+    def capturable(self) -> bool:
+        """Whether its kernels are the same at every step, whatever seed and progress; see `capture`."""
+        return False
+
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= 1:
             raise InputError(f"expected warmup, a share of the training, in [0, 1], got {self.warmup}")
 
     def weight_at(self, progress: float) -> float:
         """Return the weight at a share of the training."""
-        return self.weight * (min(1.0, progress / self.warmup) if self.warmup else 1.0)
+        return float(self.weight) * (min(1.0, progress / self.warmup) if self.warmup else 1.0)
 
     @abstractmethod
     def __call__(self, step: Step) -> Float[Tensor, ""]:

@@ -1,0 +1,81 @@
+"""Record a training step as a CUDA graph: a GPU then waits for no launch, and small kernels cost what they compute.
+
+A step of a low-bit network under an input-gradient penalty is thousands of short kernels, whose launches take several
+times longer than the kernels themselves. Recorded once and replayed, they follow each other without the host.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bitquorum.ensemble import Ensemble
+from bitquorum.layers import QuantLayer
+from bitquorum.objective import Objective
+
+WARMUP = 3
+"""Steps that run plainly before the record: kernels compile, and caches fill, outside of it."""
+
+Values = dict[str, float | Tensor]
+Body = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Values]]
+
+
+def fits_capture(ensemble: Ensemble, objective: Objective, device: torch.device) -> bool:
+    """Return whether a step is the same kernels each time: on CUDA, with terms that say so and weights without noise.
+
+    Noise of weights is keyed by the seed alone, which a record holds fixed.
+    """
+    noisy = any(module.quantizer.stochastic for module in ensemble.modules() if isinstance(module, QuantLayer))
+    return device.type == "cuda" and not noisy and all(term.capturable for term in objective.terms)
+
+
+@final
+class CapturedStep:
+    """Call a function of a batch; the first calls run plainly, the next is recorded, and from then on replayed.
+
+    The function computes the loss of a batch and its backward pass. What it reads besides its arguments (weights,
+    running statistics) must keep its place in memory; what it returns the next call overwrites, and the gradients too.
+
+    Args:
+        body: Takes images, labels, examples and the weight of each term, as tensors.
+        parameters: Whose gradients it computes.
+    """
+
+    def __init__(self, body: Body, parameters: Sequence[Tensor]) -> None:
+        self.body, self.parameters = body, parameters
+        self.calls = 0
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: tuple[Tensor, Values] | None = None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, examples: Tensor, weights: Sequence[float]
+    ) -> tuple[Tensor, Values]:
+        """Return the loss and the values of the terms; gradients lie in the parameters."""
+        if not self.inputs:
+            factors = (torch.zeros((), device=images.device) for _ in weights)
+            self.inputs = (images.clone(), labels.clone(), examples.clone(), *factors)
+        for held, given in zip(self.inputs, (images, labels, examples), strict=False):
+            held.copy_(given)
+        for held, weight in zip(self.inputs[3:], weights, strict=True):
+            held.fill_(weight)
+        self.calls += 1
+        if self.calls <= WARMUP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self._run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph):
+                self.outputs = self._run()
+        self.graph.replay()
+        return self.outputs
+
+    def _run(self) -> tuple[Tensor, Values]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        images, labels, examples, *weights = self.inputs
+        return self.body(images.detach(), labels, examples, weights)  # a new leaf in the same memory
