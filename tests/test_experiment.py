@@ -455,6 +455,19 @@ def policies() -> list[Any]:
     return [member for arm in TINY.arms for member in arm.members]
 
 
+def test_arms_that_were_trained_apart_make_one_run(finished: Run, tmp_path: Path):
+    apart = [train(TINY, tmp_path / name, arms=[name]) for name in ("vanilla", "sq")]
+    assert [progress_of(stored) for stored in apart] == ["1 of 2 arms trained"] * 2
+    shutil.copytree(apart[1].path / "arms" / "sq", apart[0].path / "arms" / "sq")
+    for arm in ("vanilla", "sq"):
+        weights = [
+            load_tensors(stored.path / "arms" / arm / "weights.safetensors")[0] for stored in (apart[0], finished)
+        ]
+        assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[1])
+    with pytest.raises(DataError, match="expected an arm among vanilla, sq, got 'other'"):
+        train(TINY, tmp_path / "vanilla", arms=["other"])
+
+
 def test_networks_normalize_by_the_training_images_if_asked():
     images = training_images(TINY, None)
     arm = Arm(name="a", network=Linear())

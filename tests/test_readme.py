@@ -23,6 +23,7 @@ from bitquorum.report import (
     peer_table,
     profiles,
     rejections,
+    rungs,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +34,14 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|museum|peers|plane|detectors|rejections|bench|costs|times): (\S+) -->\n(.*?)<!-- end -->",
+    r"<!-- (results|ladder|rungs|museum|peers|plane|detectors|rejections|bench|costs|times): (\S+) -->\n"
+    r"(.*?)<!-- end -->",
     re.S,
 )
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
+    "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
     "museum": ("metrics.jsonl", museum_table),
     "peers": ("metrics.jsonl", peer_table),
     "plane": ("planes/*/metrics.jsonl", profiles),
