@@ -92,7 +92,6 @@ def test_an_evaluation_of_small_networks_has_a_peak():
 # Guards: ratios within one process, with room for noise
 
 
-@pytest.mark.slow
 def test_an_attack_is_little_more_than_its_passes():
     sizes = Sizes(widths=(8, 8, 16), batch=32, steps=3)
     rows = measure(next(WORKLOADS["attack"](sizes)), repeats=7)
