@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint unit test-slow benchmark clean
+.PHONY: demo test lint unit long test-slow benchmark clean
 
 demo: .venv/ready
 	$(BIN)/bitquorum run digits
@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/bitquorum detect digits
 	$(BIN)/bitquorum report digits
 
-test: lint unit
+test: lint unit long
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests benchmarks
@@ -19,7 +19,10 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 unit: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not long'
+
+long: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'long and not slow' tests
 
 # Needs minutes; data sets outside the repository are used where $$BITQUORUM_DATA holds them, and skipped elsewhere.
 test-slow: .venv/ready

@@ -92,6 +92,7 @@ def test_holds_the_contract_of_attacks_on_a_random_network():
     check_attack(APGD(steps=5, eot=2))
 
 
+@pytest.mark.long
 def test_is_as_strong_as_pgd_on_a_stochastic_network_judged_by_unseen_draws():
     with rng.torch_seed(2):
         network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))

@@ -20,6 +20,8 @@ from bitquorum.report import bench_csv, bench_files, bench_table, bench_tables, 
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet
 
+pytestmark = pytest.mark.long
+
 
 def small(**changes) -> Suite:
     suite = Suite(

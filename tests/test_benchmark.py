@@ -60,6 +60,7 @@ def test_the_peak_of_a_process_is_that_of_what_it_holds():
 
 
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in ("startup", "memory")])
+@pytest.mark.long
 def test_every_workload_runs_on_plain_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "compiler_available", lambda device="cpu": False)
     mode = kernels.mode()
@@ -70,6 +71,7 @@ def test_every_workload_runs_on_plain_kernels(name: str, monkeypatch: pytest.Mon
     assert kernels.mode() == mode
 
 
+@pytest.mark.long
 def test_the_command_prints_and_stores(tmp_path: Path):
     text = call("benchmark", "startup", "--repeats", "2", "--threads", "1", "--to", str(tmp_path))
     assert "import bitquorum" in text
@@ -108,6 +110,7 @@ def test_a_member_more_costs_a_member_more():
     assert three["ratio"]["quartile_1"] < 4.5, "a gradient of one member runs through the others"
 
 
+@pytest.mark.long
 def test_the_start_adds_little_to_that_of_torch():
     (workload,) = WORKLOADS["startup"](Sizes.small())
     rows = {row["contender"]: row["ratio"]["median"] for row in measure(workload, repeats=2)}

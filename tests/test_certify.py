@@ -105,6 +105,7 @@ def digits() -> ImageSet:
 CERTIFY = Certify(epsilons=(2 / 255, 12 / 255), statements=("all", "fresh", "nearest"), draws=2, batch_size=25)
 
 
+@pytest.mark.long
 def test_training_for_bounds_raises_certified_accuracy(trained: dict[str, Ensemble], digits: ImageSet):
     def floor(name: str) -> dict[tuple[str, float], float]:
         found = CERTIFY(trained[name], digits)

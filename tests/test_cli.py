@@ -248,6 +248,7 @@ def test_a_failed_self_check_is_printed_in_red_and_is_exit_code_3(
     assert "FAILED" in call("show", "tiny", "--runs", str(copy))
 
 
+@pytest.mark.long
 def test_the_museum_prints_its_table_and_show_and_list_know_it(tmp_path: Path):
     folder = str(tmp_path / "runs")
     text = call("museum", "gradient-killer", "--images", "40", "--ladder", "quick", "--runs", folder)
@@ -265,6 +266,7 @@ def test_a_radius_is_a_decimal_number_or_a_fraction():
     assert (_number("0.3"), _number("5/255"), _number("many")) == (0.3, "5/255", "many")
 
 
+@pytest.mark.long
 def test_bench_compares_defences_and_show_and_list_know_it(tmp_path: Path):
     folder = str(tmp_path / "runs")
     small = ["seeds=[0]", "ladder=quick", "examples=20", "draws=5", "sources=[]", "setting.trainer.epochs=1"]
@@ -429,6 +431,7 @@ def test_a_failure_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
     assert cli._advice(OSError("no file named")) is None
 
 
+@pytest.mark.long
 def test_a_locked_run_is_refused_by_another_process_and_loses_nothing(tiny: str, tmp_path: Path):
     folder = tmp_path / "runs"
     stored = experiment.create(read(tiny), folder)
@@ -441,6 +444,7 @@ def test_a_locked_run_is_refused_by_another_process_and_loses_nothing(tiny: str,
     assert {path.name for path in stored.path.iterdir()} == {".lock", "config.toml"}
 
 
+@pytest.mark.long
 def test_warnings_are_one_line_each(tiny: str, tmp_path: Path):
     narrow = "arms.1.members.0.activation_law={type='logistic', scale=0.05, floor=0.01}"
     process = start(["train", tiny, narrow, "--runs", str(tmp_path / "runs"), "--device", "cpu"])
@@ -451,6 +455,7 @@ def test_warnings_are_one_line_each(tiny: str, tmp_path: Path):
     assert all(re.fullmatch(r"warning: .+ \(GradientMaskingWarning\)", line) for line in lines)
 
 
+@pytest.mark.long
 def test_an_interrupt_exits_with_130_and_the_same_command_resumes(tiny: str, tmp_path: Path):
     folder = tmp_path / "runs"
     arguments = ["run", tiny, "trainer.epochs=10", "--runs", str(folder), "--device", "cpu"]

@@ -578,6 +578,7 @@ def test_a_full_disk_is_told_before_anything_is_unpacked(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on private memory are Linux's")
+@pytest.mark.long
 def test_a_set_larger_than_the_memory_is_read_split_and_batched(tmp_path):
     """A process that may take 64 MiB more than its imports reads 192 MiB of images."""
     for row in range(64):

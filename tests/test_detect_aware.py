@@ -78,6 +78,7 @@ def test_it_finds_the_band_between_the_boundary_and_the_threshold():
         assert bool((detector.scores(band(found)) <= 2).all())
 
 
+@pytest.mark.long
 def test_it_evades_on_digits_what_sees_a_plain_attack_of_equal_steps():
     ensemble, images, labels, held_out = digits()
     epsilon, passes = 24 / 255, 4
@@ -155,6 +156,7 @@ def test_weights_rise_geometrically_then_halve_the_interval():
 
 
 @pytest.mark.parametrize("statistic", [PredictionMI(), PointwiseMI()])
+@pytest.mark.long
 def test_images_stay_in_the_ball_and_do_not_depend_on_the_batch(statistic: Any):
     model, (images, labels) = small_network(4), problem()
     detector, examples = detector_of(model, statistic), torch.arange(9) * 7 + 1

@@ -255,6 +255,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
     pytest.fail("the process did not come that far")
 
 
+@pytest.mark.long
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path):
     longer = replace(TINY, trainer=replace(TINY.trainer, epochs=4))
     whole = run(longer, tmp_path / "whole")

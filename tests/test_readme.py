@@ -74,6 +74,7 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+@pytest.mark.long
 def test_the_python_blocks_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}

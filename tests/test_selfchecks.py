@@ -93,6 +93,7 @@ def test_sound_models_pass(name: str, digits: tuple[Tensor, Tensor]):
     assert all(verdict.reason for verdict in report.verdicts)
 
 
+@pytest.mark.long
 def test_an_ensemble_with_noise_passes_and_its_randomness_is_checked(digits: tuple[Tensor, Tensor]):
     policies = [Policy(weight_bits=4, activation_bits=4), Policy(weight_bits=4, activation_bits=6)]
     model = Ensemble.build([digits_network(0), digits_network(1)], policies).eval().requires_grad_(False)

@@ -455,6 +455,7 @@ def train_in_parallel(folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_agree_with_one(tmp_path: Path):
     """Equal weights are only possible with equal noise: a second draw of it would change every code."""
     script = tmp_path / "run.py"

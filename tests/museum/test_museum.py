@@ -13,6 +13,7 @@ from bitquorum.museum import EPSILON, NAMES, Exhibit, Museum, exhibits, museum_r
 from bitquorum.museum.exhibits import crossmax, pruning, rounding, stochastic_rounding, thermometer, vote, winners
 from bitquorum.report import museum_table
 
+pytestmark = pytest.mark.long
 GRANTED = 0.02
 RANDOM = ("stochastic-rounding", "additive-noise", "activation-pruning", "random-precision")
 

@@ -1,6 +1,6 @@
 """Measure the peak memory of an evaluation, in a process of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from bitquorum.benchmark.timing import Contender, Sizes, Workload, run_apart
@@ -31,15 +31,19 @@ evaluation(ensemble, data)
 def memory(sizes: Sizes) -> Iterator[Workload]:
     """Yield the evaluation of three ResNet-18 under 20 draws, clean and attacked with 20 draws a step."""
     width = 64 if sizes.widths[0] > 4 else sizes.widths[0]
-    batch = min(sizes.batch, 50)
-    code = partial(_CODE.format, width=width, bits=sizes.bits, batch=batch, threads=sizes.threads)
-    name = f"3 x ResNet-18, {batch} images, 20 draws"
+    name = "3 x ResNet-18, 20 draws,"
+
+    def run(batch: int, *, attacked: bool) -> Callable[[], object]:
+        code = _CODE.format(width=width, bits=sizes.bits, batch=batch, threads=sizes.threads, attacked=attacked)
+        return partial(run_apart, code)
+
+    many, few = min(sizes.batch, 50), min(sizes.batch, 10)
     yield Workload(
         name="memory",
         contenders=(
             Contender(name="import torch", run=partial(run_apart, "import torch"), apart=True),
-            Contender(name=f"{name}, clean", run=partial(run_apart, code(attacked=False)), apart=True),
-            Contender(name=f"{name}, one step of PGD", run=partial(run_apart, code(attacked=True)), apart=True),
+            Contender(name=f"{name} clean, batches of {many}", run=run(many, attacked=False), apart=True),
+            Contender(name=f"{name} attacked, batches of {few}", run=run(few, attacked=True), apart=True),
         ),
         warmup=0,
         most=2,

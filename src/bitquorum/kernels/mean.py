@@ -6,16 +6,19 @@ tails. The sum runs over all thresholds, or over a window that holds every thres
 rest contribute less than 1e-7.
 
 - Logistic noise needs one exponential for all thresholds, since $\sigma((x - t) / \rho) = a / (a + c)$ with
-  $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$. With many levels few thresholds are summed one by one, one on
-  either side at the default scale; the densities beyond, $\sum_m (-1)^{m+1} m\, y^m$ with $y = e^{-|x - t| / \rho}$
-  small, are geometric series in the thresholds, so that four terms $m$ sum all of them.
+  $a = e^{x / \rho}$ and constants $c = e^{t / \rho}$. With many levels even that is too much. Over thresholds without
+  end the density is periodic, a Fourier series with the coefficients $2 m \theta / \sinh(m \theta)$,
+  $\theta = 2 \pi^2 \rho$ (Poisson's summation; the transform of the logistic density is $x / \sinh x$): four terms at
+  the default scale. What the thresholds beyond the range's end add to it at $x$ is what the true ones sum to at $-x$,
+  so that one sum serves both sides of zero: a few densities one by one, and the rest,
+  $\sum_m (-1)^{m+1} m\, y^m$ with $y = e^{-|x - t| / \rho}$ small, as geometric series in the thresholds.
 - The sum of smooth rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$.
 """
 
 import math
 from collections.abc import Hashable
 from functools import lru_cache
-from typing import Literal, TypeAlias, no_type_check
+from typing import Any, Literal, TypeAlias, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -29,8 +32,11 @@ Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, 
 
 _REACH = {"logistic": 17.0, "gaussian": 5.5}  # in scales; beyond, the density is below 1e-7; the third has closed sums
 _LARGEST = 80.0  # of the exponents, for float32
-_SERIES = 4  # terms for each logistic density outside of the window: 5 exp(-5 d) is below 1e-7 from
+_SERIES = 4  # terms for each logistic density that is not summed one by one: 5 exp(-5 d) is below 1e-7 from
 _NEAR = 4.0  # scales on
+_TINY = 60.0  # exponent of the least density: smaller ones would soon be denormal numbers
+_FOURIER = 22.0  # the multiple of theta from which a coefficient is below 1e-7
+_ONE_BY_ONE = 6  # thresholds up to which the plain sum is cheaper
 _UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
 
 
@@ -77,7 +83,7 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
         raise InputError(f"expected {law} noise that fits float32, got scale={scale} on {top + 1} levels; widen it")
     half = _half(law, top, scale)
     table = _table(law, top, half, scale)
-    constants = {"law": law, "top": top, "half": half, "order": order}
+    constants = {**_constants(law, top, scale), "order": order}
     if compiles(law, top, scale) and choice.applies(z):
         flat = layout.flatten(z.detach()).contiguous()
         results = choice.call(sums, flat, _on_device(table, z.device), **constants)
@@ -89,15 +95,21 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
 def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
     """Return whether the sums are short enough for compiled code, and inside float32."""
     half = _half(law, top, scale)
-    return fits(law, top, scale) and (law == "smooth-rounding" or _count(top, half) <= _UNROLLED)
+    count = top if half is None else half + _terms(scale) if law == "logistic" else 2 * half + 1
+    return fits(law, top, scale) and (law == "smooth-rounding" or count <= _UNROLLED)
 
 
 def compiled_table(
     law: SmoothLawName, top: int, scale: float, device: torch.device
 ) -> tuple[Float[Tensor, "entries"], dict[str, Hashable]]:
     """Return the table of numbers and the constants that `sums` takes in compiled code, but for its order."""
+    return _on_device(_table(law, top, _half(law, top, scale), scale), device), _constants(law, top, scale)
+
+
+def _constants(law: SmoothLawName, top: int, scale: float) -> dict[str, Hashable]:
     half = _half(law, top, scale)
-    return _on_device(_table(law, top, half, scale), device), {"law": law, "top": top, "half": half}
+    terms = _terms(scale) if law == "logistic" and half is not None else 0
+    return {"law": law, "top": top, "half": half, "terms": terms}
 
 
 def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
@@ -105,30 +117,32 @@ def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
 
 
 def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
-    """Return the half width of the window, or `None` to sum all thresholds, which need no mask."""
+    """Return how many thresholds on a side are summed one by one, or `None` to sum all of them so."""
     if law == "smooth-rounding":
         return None
     if law == "logistic":  # the thresholds above the highest, which the series counts, must be out of reach
-        half = math.ceil(_NEAR * scale)
-        far, cheaper = (top + 1) / 2 < _REACH[law] * scale, 2 * half + 4 >= top
+        half = max(1, math.ceil(_NEAR * scale - 0.5))
+        far, cheaper = (top + 1) / 2 < _REACH[law] * scale, top <= _ONE_BY_ONE
         return None if far or (cheaper and _exponents_fit(law, top / 2, scale)) else half
     half = math.ceil(_REACH[law] * scale) + 1
     return None if 3 * (2 * half + 1) >= 2 * top else half
 
 
-def _count(top: int, half: int | None) -> int:
-    return top if half is None else 2 * half + 1
+def _terms(scale: float) -> int:
+    """Return how many terms the Fourier series of logistic densities takes."""
+    return int(_FOURIER / (2 * math.pi**2 * scale))
 
 
 @lru_cache(maxsize=256)
 def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
-    """Return 1 / scale, the least argument in scales, and a constant for each threshold (or for the series)."""
+    """Return 1 / scale, the least argument in scales, and a constant for each threshold (or for both series)."""
     if law == "smooth-rounding":
         return (1 / scale,)
     if law == "logistic" and half is not None:
-        ratio = math.exp(-1 / scale)
+        ratio, theta = math.exp(-1 / scale), 2 * math.pi**2 * scale
         series = ((-1) ** (m + 1) * m / (1 - ratio**m) for m in range(1, _SERIES + 1))
-        return (1 / scale, -_LARGEST, math.exp(-0.5 / scale), ratio, *series)
+        fourier = ((-1) ** m * scale * 2 * m * theta / math.sinh(m * theta) for m in range(1, _terms(scale) + 1))
+        return (1 / scale, math.exp(-0.5 / scale), ratio, *series, scale, *fourier)
     if half is None:
         offsets = [k + 0.5 - top / 2 for k in range(top)]
         least = offsets[0] / scale - 30.0
@@ -156,6 +170,7 @@ def sums(
     law: SmoothLawName,
     top: int,
     half: int | None,
+    terms: int,
     order: int,
 ) -> tuple[Float[Tensor, "count"], ...]:
     """Return the slope and, for order 2, the curvature."""
@@ -163,7 +178,7 @@ def sums(
         return _smooth_rounding(z, table, top, order)
     x = torch.minimum(z, top - z)
     if law == "logistic" and half is not None:
-        sums = _logistic_window(x, table, half, order)
+        sums = _logistic_periodic(x, table, half, terms, order)
     else:
         anchor = None if half is None else x.floor().clamp_(min=-half - 1)
         x.sub_(top / 2 if half is None else anchor).mul_(table[0]).clamp_(min=table[1])
@@ -177,7 +192,7 @@ def sums(
 @no_type_check
 def _smooth_rounding(z: Tensor, table: Table, top: int, order: int) -> tuple[Tensor, ...]:
     x = torch.minimum(z, top - z)
-    s, t = torch.sigmoid(x * table[0]), torch.sigmoid((x - top) * table[0])
+    s, t = (torch.sigmoid((part * table[0]).clamp(min=-_TINY)) for part in (x, x - top))
     if order == 1:
         return (s - t,)
     return s - t, (s * (1 - s) - t * (1 - t)) * table[0] * (top - 2 * z).sign()
@@ -200,32 +215,48 @@ def _logistic(x: Tensor, table: Table, top: int, order: int) -> tuple[Tensor, ..
 
 
 @no_type_check
-def _logistic_window(x: Tensor, table: Table, half: int, order: int) -> tuple[Tensor, ...]:
-    """Sum `half` thresholds on either side of x, and all beyond by the series; x in steps, in the lower half."""
-    rate, least, ratio = table[0], table[1], table[3]
-    anchor = (x + 0.5).floor().clamp(min=0)  # the number of thresholds below
-    over = (x - anchor) * rate
-    above = torch.exp(over.clamp(min=least)) * table[2]  # y of the threshold next above
-    below = torch.exp(-over.clamp(min=-0.5 * rate)) * table[2]
-    missing = torch.exp(-x.clamp(min=0) * rate) * table[2]  # y of the first threshold that the range lacks
-    first = second = 0.0
-    for index in range(half):
-        exists = anchor > index
-        for y, sign in ((above, 1), (below, -1)):
-            r = 1 / (1 + y)
-            density = y * r * r
-            density = density if sign > 0 else density * exists
-            first = first + density
-            second = second + sign * density * (1 - y) * r
-        above, below = above * ratio, below * ratio
-    exists = anchor >= half
-    powers = above, below, missing
-    for m in range(1, _SERIES + 1):
-        up, down = powers[0], (powers[1] - powers[2]) * exists
-        first = first + table[3 + m] * (up + down)
-        second = second + m * table[3 + m] * (up - down)
-        powers = powers[0] * above, powers[1] * below, powers[2] * missing
-    return (first,) if order == 1 else (first, second)
+def _logistic_periodic(x: Tensor, table: Table, half: int, terms: int, order: int) -> tuple[Tensor, ...]:
+    """Sum over thresholds from 1/2 to infinity; x in steps, in the lower half."""
+    rate, ratio = table[0], table[2]
+    y = torch.exp((-x.abs() * rate).clamp(min=-_TINY)) * table[1]
+    end = end_slope = 0.0  # of the thresholds |x| + 1/2, |x| + 3/2, ... away
+    for _ in range(half):
+        r = 1 / (1 + y)
+        density = y * r * r
+        end, end_slope = end + density, end_slope + density * (1 - y) * r
+        y = y * ratio
+    rest = rest_slope = 0.0
+    for m in range(_SERIES, 0, -1):  # by Horner: powers of y would be denormal numbers, which are slow
+        rest, rest_slope = (rest + table[2 + m]) * y, (rest_slope + m * table[2 + m]) * y
+    end, end_slope = end + rest, end_slope + rest_slope
+    inside, turns = x >= 0, x.clamp(min=0)
+    turns = (turns - turns.round()) * (2 * math.pi)
+    coefficients = [table[3 + _SERIES + m] for m in range(terms + 1)]
+    cosine = torch.cos(turns)
+    first = _chebyshev(cosine, coefficients)
+    first = torch.where(inside, first - end, end)
+    if order == 1:
+        return (first,)
+    second = -torch.sin(turns) * _chebyshev_slope(cosine, coefficients) * (2 * math.pi / rate)
+    return first, torch.where(inside, second, 0.0) + end_slope
+
+
+@no_type_check
+def _chebyshev(c: Tensor, coefficients: list[Any]) -> Tensor:
+    """Return the sum of coefficients times the cosines of multiples of the angle with cosine c, by Clenshaw."""
+    a = b = torch.zeros_like(c)
+    for coefficient in reversed(coefficients[1:]):
+        a, b = coefficient + 2 * c * a - b, a
+    return coefficients[0] + c * a - b
+
+
+@no_type_check
+def _chebyshev_slope(c: Tensor, coefficients: list[Any]) -> Tensor:
+    """Return the derivative of `_chebyshev` by c."""
+    a = b = torch.zeros_like(c)
+    for m in range(len(coefficients) - 1, 0, -1):
+        a, b = m * coefficients[m] + 2 * c * a - b, a
+    return a
 
 
 @no_type_check
