@@ -37,6 +37,8 @@ from bitquorum.store import Run
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet, Linear
 
+pytestmark = pytest.mark.long
+
 TABLE: dict[str, Any] = {
     "name": "tiny",
     "data": {"name": "digits", "train": 60},
@@ -255,7 +257,6 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
     pytest.fail("the process did not come that far")
 
 
-@pytest.mark.long
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path):
     longer = replace(TINY, trainer=replace(TINY.trainer, epochs=4))
     whole = run(longer, tmp_path / "whole")

@@ -17,6 +17,8 @@ from bitquorum.interface import DataError, Listener
 from bitquorum.report import certificate_table
 from bitquorum.store import Run
 
+pytestmark = pytest.mark.long
+
 TABLE: dict[str, Any] = {
     "name": "tiny",
     "data": {"train": 300},

@@ -30,6 +30,8 @@ from bitquorum.report import (
 )
 from bitquorum.store import Run
 
+pytestmark = pytest.mark.long
+
 TABLE: dict[str, Any] = {
     "name": "tiny",
     "data": {"train": 300},

@@ -30,6 +30,8 @@ from bitquorum.interface import ConfigError, DataError, Listener
 from bitquorum.report import bracket, rungs
 from bitquorum.store import Run
 
+pytestmark = pytest.mark.long
+
 TABLE: dict[str, Any] = {
     "name": "tiny",
     "data": {"train": 60},
@@ -146,7 +148,6 @@ def test_again_computes_nothing(copied: Run, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("at", [3, 13])
-@pytest.mark.long
 def test_interrupted_work_resumes_to_the_same_end(
     at: int, experiment: Experiment, climbed: Run, copied: Run, monkeypatch: pytest.MonkeyPatch
 ):
@@ -196,7 +197,6 @@ def test_arms_that_were_climbed_apart_are_collected_without_being_climbed(climbe
     assert (copied.path / "environment.json").read_bytes() == environment
 
 
-@pytest.mark.long
 def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
     copy = Run(path=Path(shutil.copytree(trained.path, tmp_path / trained.path.name)))
     plan = replace(LADDER, rungs=(FGSM(),), epsilons=(16 / 255,), check_images=4)

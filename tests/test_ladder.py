@@ -17,6 +17,8 @@ from bitquorum.interface import Cost, InputError
 from bitquorum.quantizers import Deterministic, Surrogate
 from bitquorum.registry import decode, encode
 
+pytestmark = pytest.mark.long
+
 
 def examples_of(count: int, pixels: int = 12, classes: int = 2) -> Examples:
     images = 0.2 + 0.6 * torch.rand(count, pixels)
@@ -95,7 +97,6 @@ def test_everywhere_lets_every_rung_meet_every_image():
     assert climb.steps[2].alone.value >= climb.worst.value
 
 
-@pytest.mark.long
 def test_the_stated_accuracy_is_that_of_draws_nobody_saw():
     model, examples = random_network(), examples_of(40)
     rungs = (APGD(steps=10, eot=4), PGD(steps=5, eot=4, loss="margin"))
@@ -224,7 +225,6 @@ def test_rungs_that_meet_nobody_cost_nothing():
     assert climb.worst.value == 0
 
 
-@pytest.mark.long
 def test_on_tiny_quantized_networks_the_ladder_finds_what_enumeration_finds():
     law = Deterministic()
     policy = Policy(weight_bits=3, activation_bits=2, weight_law=law, activation_law=law)

@@ -34,6 +34,8 @@ from bitquorum.report.page.sections.robustness import breaking_rung
 from bitquorum.report.page.sheets import csv_text, parquet_bytes
 from bitquorum.store import Run
 
+pytestmark = pytest.mark.long
+
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 ARMS = {"vanilla": "fp", "low-bit": "w4a4 w3a3 w4a2", "sq-mi": "w4a4 w3a3 w4a2"}
 STATISTICS = ("prediction-mi", "pointwise-mi", "max-softmax")

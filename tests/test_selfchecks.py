@@ -15,6 +15,8 @@ from bitquorum.evaluate import Examples, Ladder, Report, evaluate_model, run_che
 from bitquorum.evaluate.selfchecks import CHECKS, Verdict, _tail
 from bitquorum.museum.exhibits import network as digits_network
 
+pytestmark = pytest.mark.long
+
 EPSILON = 0.1
 LADDER = Ladder(
     name="test",
@@ -93,7 +95,6 @@ def test_sound_models_pass(name: str, digits: tuple[Tensor, Tensor]):
     assert all(verdict.reason for verdict in report.verdicts)
 
 
-@pytest.mark.long
 def test_an_ensemble_with_noise_passes_and_its_randomness_is_checked(digits: tuple[Tensor, Tensor]):
     policies = [Policy(weight_bits=4, activation_bits=4), Policy(weight_bits=4, activation_bits=6)]
     model = Ensemble.build([digits_network(0), digits_network(1)], policies).eval().requires_grad_(False)
