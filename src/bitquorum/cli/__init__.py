@@ -15,6 +15,7 @@ import warnings
 
 from rich.markup import escape
 
+from bitquorum.allocator import keep_freed_memory
 from bitquorum.cli import attacks, bench, certify, experiments, insight, machine  # noqa: F401  # they register their commands
 from bitquorum.cli.printing import print_warning
 from bitquorum.cli.shared import app, err
@@ -23,6 +24,7 @@ from bitquorum.cli.shared import app, err
 def main() -> None:
     """Run the command line; a failure that the user can mend is one message and exit code 2."""
     warnings.showwarning = print_warning
+    keep_freed_memory()
     try:
         app()
     except Exception as error:
