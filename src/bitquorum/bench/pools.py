@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from bitquorum.allocator import keep_freed_memory
 from bitquorum.bench.entry import CELLS, work
 from bitquorum.bench.suite import Entry
 from bitquorum.config import Experiment
@@ -89,6 +90,7 @@ def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]
 def _begin(threads: int) -> None:
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(threads)
 
 

@@ -95,57 +95,53 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, low, step, *values = ctx.saved_tensors
-        of_x = _Backward.apply(grads[0], x, low, step, ctx.grid)
-        if not values or not any(choice.runs(node) for node, _ in ctx.next_functions[2:4]):
-            return of_x, None, None, None, None
-        of_low, of_step = _OfRange.apply(grads[0], of_x, x, values[0], low, step)
+        if not any(choice.runs(node) for node, _ in ctx.next_functions[2:4]):
+            values = []
+        of_x, of_low, of_step = _Backward.apply(grads[0], x, low, step, *(values or [None]), ctx.grid)
         return of_x, None, of_low, of_step, None
 
 
 class _Backward(torch.autograd.Function):
+    """Return the gradient of x and, given the values, those of the range, which have no derivatives of their own."""
+
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, low: Tensor, step: Tensor, grid: MeanCode) -> Tensor:
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, low: Tensor, step: Tensor, values: Tensor | None, grid: MeanCode
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         g = layout.like_layout(g, x)
         ctx.save_for_backward(g, x, low, step)
         ctx.grid = grid
-        (result,) = _call(_slope, (x, g), low, step, grid, order=1)
-        return result
+        ctx.set_materialize_grads(False)
+        if values is None:
+            (of_x,) = _call(_slope, (x, g), low, step, grid, order=1)
+            return layout.unflatten(of_x, x), None, None
+        of_x, of_low, of_step = _call(_slope_and_range, (x, g, layout.like_layout(values, x)), low, step, grid, order=1)
+        return layout.unflatten(of_x, x), of_low, of_step / step
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
+        ctx: Any, v: Tensor | None, *of_range: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if any(grad is not None for grad in of_range):
+            raise NotImplementedError("the gradient of a quantizer's range is not differentiable in compiled code")
+        if v is None:
+            return None, None, None, None, None, None
         g, x, low, step = ctx.saved_tensors
-        to_g, to_x = _call(_slope_and_curvature, (x, g, layout.like_layout(grads[0], x)), low, step, ctx.grid, order=2)
+        results = _call(_slope_and_curvature, (x, g, layout.like_layout(v, x)), low, step, ctx.grid, order=2)
+        to_g, to_x = (layout.unflatten(result, x) for result in results)
         if not any(ctx.needs_input_grad[2:4]):
-            return to_g, to_x, None, None, None
+            return to_g, to_x, None, None, None, None
         moved = choice.call(_moments, layout.flatten(to_x), layout.flatten(x), low)
-        return to_g, to_x, -moved[0], -moved[1] / step, None
-
-
-class _OfRange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, of_x: Tensor, x: Tensor, values: Tensor, low: Tensor, step: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        flats = [layout.flatten(layout.like_layout(tensor, x)) for tensor in (g, of_x, x, values)]
-        of_low, of_step = choice.call(_range_sums, *flats, low)
-        return of_low, of_step / step
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("the gradient of a quantizer's range is not differentiable in compiled code")
+        return to_g, to_x, -moved[0], -moved[1] / step, None, None
 
 
 def _call(
     kernel: Any, tensors: tuple[Tensor, ...], low: Tensor, step: Tensor, grid: MeanCode, *, order: int
-) -> list[Tensor]:
-    x = tensors[0]
-    table, constants = mean.compiled_table(grid.law, grid.top, grid.wide, x.device)
+) -> tuple[Tensor, ...]:
+    table, constants = mean.compiled_table(grid.law, grid.top, grid.wide, tensors[0].device)
     flats = [layout.flatten(tensor) for tensor in tensors]
-    results = choice.call(kernel, *flats, low, step, table, order=order, **constants)
-    return [layout.unflatten(result, x) for result in results]
+    return choice.call(kernel, *flats, low, step, table, order=order, **constants)
 
 
 # The functions below are traced by the compiler; type checks at run time would break the trace.
@@ -167,18 +163,22 @@ def _slope(x: Tensor, g: Tensor, low: Tensor, step: Tensor, table: Tensor, **con
 
 
 @no_type_check
+def _slope_and_range(
+    x: Tensor, g: Tensor, values: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    over, wide = x.float() - low, g.float()
+    (slope,) = mean.sums(over / step, table, **constants)
+    of_x = wide * slope
+    return of_x.to(g.dtype), (wide - of_x).sum(), (wide * (values.float() - low) - of_x * over).sum()
+
+
+@no_type_check
 def _slope_and_curvature(
     x: Tensor, g: Tensor, v: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any
 ) -> tuple[Tensor, Tensor]:
     slope, curvature = mean.sums((x.float() - low) / step, table, **constants)
     wide = v.float()
     return (wide * slope).to(g.dtype), (wide * g.float() * curvature / step).to(x.dtype)
-
-
-@no_type_check
-def _range_sums(g: Tensor, of_x: Tensor, x: Tensor, values: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    g, of_x = g.float(), of_x.float()
-    return (g - of_x).sum(), (g * (values.float() - low) - of_x * (x.float() - low)).sum()
 
 
 @no_type_check
