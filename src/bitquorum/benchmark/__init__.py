@@ -6,6 +6,7 @@
 | `quantizer` | a quantized activation beside a clip and other quantizers |
 | `training` | the step of a training |
 | `attack` | PGD beside its bare passes and other libraries |
+| `growth` | what a member, a bit, a draw or an image more costs |
 | `memory` | the peak memory of an evaluation |
 | `startup` | `import bitquorum` and `bitquorum --help` beside `import torch` |
 """
@@ -13,6 +14,7 @@
 from collections.abc import Callable, Iterator
 
 from bitquorum.benchmark.attack import attack
+from bitquorum.benchmark.growth import growth
 from bitquorum.benchmark.memory import memory
 from bitquorum.benchmark.quantizer import quantizer
 from bitquorum.benchmark.startup import startup
@@ -23,6 +25,7 @@ WORKLOADS: dict[str, Callable[[Sizes], Iterator[Workload]]] = {
     "quantizer": quantizer,
     "training": training,
     "attack": attack,
+    "growth": growth,
     "memory": memory,
     "startup": startup,
 }
@@ -34,6 +37,7 @@ __all__ = [
     "Sizes",
     "Workload",
     "attack",
+    "growth",
     "measure",
     "memory",
     "quantizer",

@@ -18,18 +18,14 @@ _EPSILON = 5 / 255
 
 def attack(sizes: Sizes) -> Iterator[Workload]:
     """Yield PGD on a float network, which every library can attack, and PGD with EOT on an SQ network."""
-    with rng.torch_seed(0):
-        network = SmallResNet(widths=sizes.widths, activation="relu")(classes=10, shape=(3, 32, 32))
-    examples = torch.arange(sizes.batch, device=sizes.device)
-    images, labels = rng.uniform(0, examples, 3 * 32 * 32).view(-1, 3, 32, 32), examples % 10
+    network, images, labels, examples = _task(sizes)
     alone = Ensemble([network]).to(sizes.device).eval().requires_grad_(False)
     bare = Contender(name="bare passes", run=partial(_bare, network, images, labels, sizes.steps))
     ours = Contender(name="PGD", run=_ours(alone, images, labels, PGD(steps=sizes.steps)))
     yield Workload(
         name=f"PGD-{sizes.steps}, float", contenders=(bare, ours, *_peers(network, images, labels, sizes.steps))
     )
-    noisy = Ensemble.build([network], [Policy(weight_bits=sizes.bits, activation_bits=sizes.bits)])
-    noisy = noisy.to(sizes.device).eval().requires_grad_(False)
+    noisy = _noisy(network, sizes)
     copies, seeds = images.repeat(4, 1, 1, 1), [1, 2, 3, 4]
 
     def passes() -> None:
@@ -38,11 +34,28 @@ def attack(sizes: Sizes) -> Iterator[Workload]:
 
     yield Workload(
         name=f"PGD-{sizes.steps}, SQ, EOT 4",
-        contenders=(
-            Contender(name="bare passes", run=passes),
-            Contender(name="PGD", run=_ours(noisy, images, labels, PGD(steps=sizes.steps, eot=4))),
-        ),
+        contenders=(Contender(name="bare passes", run=passes), attack_on_noise("PGD", sizes, eot=4)),
     )
+
+
+def attack_on_noise(name: str, sizes: Sizes, *, eot: int) -> Contender:
+    """Return PGD with so many draws a step on an SQ network."""
+    network, images, labels, _ = _task(sizes)
+    return Contender(name=name, run=_ours(_noisy(network, sizes), images, labels, PGD(steps=sizes.steps, eot=eot)))
+
+
+def _task(sizes: Sizes) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Return a network, images, labels and the examples' numbers."""
+    with rng.torch_seed(0):
+        network = SmallResNet(widths=sizes.widths, activation="relu")(classes=10, shape=(3, 32, 32))
+    examples = torch.arange(sizes.batch, device=sizes.device)
+    images = rng.uniform(0, examples, 3 * 32 * 32).view(-1, 3, 32, 32)
+    return network.to(sizes.device), images, examples % 10, examples
+
+
+def _noisy(network: nn.Module, sizes: Sizes) -> Ensemble:
+    policy = Policy(weight_bits=sizes.bits, activation_bits=sizes.bits)
+    return Ensemble.build([network], [policy]).to(sizes.device).eval().requires_grad_(False)
 
 
 def _bare(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:

@@ -18,26 +18,37 @@ def training(sizes: Sizes) -> Iterator[Workload]:
     """Yield the step without and with the penalty; a step is the objective of one batch and its backward pass."""
     fused = fastest(sizes.device) == "compiled"
     for penalty in (False, True):
-        contenders = [_contender("float", sizes, None, penalty=False)]
+        contenders = [training_step("float", sizes, None, penalty=False)]
         if penalty:
-            contenders.append(_contender("float with penalty", sizes, None, penalty=True))
+            contenders.append(training_step("float with penalty", sizes, None, penalty=True))
         tail = " with penalty" if penalty else ""
         for law in (Logistic(), SmoothRounding()):
             label = f"SQ {type(law).__name__}{tail}"
-            contenders.append(_contender(f"{label}, plain", sizes, law, penalty=penalty, mode="eager"))
+            contenders.append(training_step(f"{label}, plain", sizes, law, penalty=penalty, mode="eager"))
             if fused:
-                contenders.append(_contender(label, sizes, law, penalty=penalty))
+                contenders.append(training_step(label, sizes, law, penalty=penalty))
+        name = f"SQ SmoothRounding{tail}"
         contenders += [
-            _contender(f"SQ SmoothRounding{tail}, M = {count}", sizes, SmoothRounding(), penalty=penalty, members=count)
+            training_step(f"{name}, M = {count}", sizes, SmoothRounding(), penalty=penalty, members=count)
             for count in sizes.members
             if count > 1
         ]
         yield Workload(name=f"training{tail}", contenders=tuple(contenders), warmup=3)
 
 
-def _contender(
+def training_step(
     name: str, sizes: Sizes, law: Law | None, *, penalty: bool, members: int = 1, mode: kernels.Mode = "compiled"
 ) -> Contender:
+    """Return the step of so many members under a noise law of activations; `None` for float members.
+
+    Args:
+        name: Of the contender.
+        sizes: Of network and batch.
+        law: Of the activations' noise; weights are rounded to nearest.
+        penalty: Whether the objective has an input-gradient term.
+        members: Number of members with separate weights.
+        mode: Of the kernels.
+    """
     with rng.torch_seed(0):
         build = SmallResNet(widths=sizes.widths, activation="relu")
         networks = [build(classes=10, shape=(3, 32, 32)) for _ in range(members)]

@@ -42,7 +42,7 @@ def doctor(data: DataRoot = None) -> None:
 def benchmark(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Which to run, of `quantizer`, `training`, `attack`, `memory`, `startup`; all."),
+        typer.Argument(help="Which to run, of `quantizer`, `training`, `attack`, `growth`, `memory`, `startup`; all."),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     repeats: Annotated[int, typer.Option(help="Repetitions of each workload.")] = 11,
