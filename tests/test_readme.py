@@ -20,6 +20,7 @@ from bitquorum.report import (
     comparison,
     detectors,
     museum_table,
+    peer_seconds,
     peer_table,
     profiles,
     rejections,
@@ -34,7 +35,7 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|rungs|museum|peers|plane|detectors|rejections|bench|costs|times): (\S+) -->\n"
+    r"<!-- (results|ladder|rungs|museum|peers|seconds|plane|detectors|rejections|bench|costs|times): (\S+) -->\n"
     r"(.*?)<!-- end -->",
     re.S,
 )
@@ -44,6 +45,7 @@ STORED = {
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
     "museum": ("metrics.jsonl", museum_table),
     "peers": ("metrics.jsonl", peer_table),
+    "seconds": ("metrics.jsonl", peer_seconds),
     "plane": ("planes/*/metrics.jsonl", profiles),
     "detectors": ("detections/*/metrics.jsonl", detectors),
     "rejections": ("detections/*/metrics.jsonl", rejections),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import bitquorum
-from bitquorum.report import Table, bracket, comparison, environments, museum_table, peer_table, rungs
+from bitquorum.report import Table, bracket, comparison, environments, museum_table, peer_seconds, peer_table, rungs
 from bitquorum.report.tables import epsilon_label
 
 
@@ -205,3 +205,16 @@ def test_peers_are_shown_with_what_they_say_themselves():
     assert table.header == ("exhibit", "ladder quick", "rand", "pgd", "ce")
     assert table.rows == (("x", "33.0", "50.0 (says 40.0)", "60.0", "fails"),)
     assert "rand 1.2, pgd 1.2, ce 1.2" in table.note
+
+
+def test_what_peers_took_is_a_multiple_of_what_the_ladder_took():
+    museum = [entry | {"seconds": 2.0} for entry in MUSEUM]
+    opinions = [
+        PEER | {"by": "rand", "value": 0.5, "claimed": 0.4, "seconds": 7.0},
+        PEER | {"by": "ce", "value": None, "claimed": None, "seconds": 0.1},
+    ]
+    table = peer_seconds(museum + opinions)
+    assert table is not None
+    assert table.header == ("exhibit", "ladder quick", "rand", "ce")
+    assert table.rows == (("x", "2.0", "7.0 (3.5)", "fails"),)
+    assert peer_seconds(museum) is None

@@ -85,14 +85,14 @@ def museum(
     """
     from bitquorum.museum import NAMES, Museum, visit
     from bitquorum.registry import encode
-    from bitquorum.report import museum_table, peer_table
+    from bitquorum.report import museum_table, peer_seconds, peer_table
     from bitquorum.store import Run
 
     chosen = Museum(exhibits=tuple(exhibits or NAMES), images=images, ladder=ladder, also=tuple(also or ()))
     with resumable(Run.create(runs, "museum", encode(chosen))), bars() as listener:
         stored, rows = visit(chosen, runs, listener=listener)
     table = museum_table(rows)
-    for shown in (table, peer_table(rows)):
+    for shown in (table, peer_table(rows), peer_seconds(rows)):
         if shown:
             print_table(shown)
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)

@@ -84,7 +84,7 @@ def show(
     from bitquorum.bench import is_bench, summary
     from bitquorum.experiment import ladder_rows, ladders, results
     from bitquorum.museum import is_museum, museum_rows
-    from bitquorum.report import bench_table, bench_tables, bracket, comparison, museum_table, peer_table
+    from bitquorum.report import bench_table, bench_tables, bracket, comparison, museum_table, peer_seconds, peer_table
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
@@ -92,7 +92,8 @@ def show(
         print((stored.path / "config.toml").read_text(encoding="utf-8"), end="")
         return
     if is_museum(stored):
-        found = (museum_table(rows), peer_table(rows)) if (rows := museum_rows(stored)) else ()
+        rows = museum_rows(stored)
+        found = (museum_table(rows), peer_table(rows), peer_seconds(rows)) if rows else ()
         tables = [table for table in found if table]
     elif is_bench(stored):
         tables = [bench_table(summary(stored))] if markdown else list(bench_tables(summary(stored)))

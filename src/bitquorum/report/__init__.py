@@ -5,7 +5,7 @@ from bitquorum.report.benchmark import benchmark_table
 from bitquorum.report.certify import certificate_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, rungs
-from bitquorum.report.museum import museum_table, peer_table
+from bitquorum.report.museum import museum_table, peer_seconds, peer_table
 from bitquorum.report.page import write_figures, write_page
 from bitquorum.report.plane import correlation_table, plane_table, profiles
 from bitquorum.report.tables import Table, comparison, environments, epsilon_label
@@ -26,6 +26,7 @@ __all__ = [
     "environments",
     "epsilon_label",
     "museum_table",
+    "peer_seconds",
     "peer_table",
     "plane_table",
     "profiles",

@@ -45,6 +45,23 @@ def peer_table(rows: Sequence[dict[str, Any]]) -> Table | None:
     return Table(header=header, rows=tuple(body), note=note)
 
 
+def peer_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Return what our ladder took and, in brackets as a multiple of it, each peer; `None` where no peer was asked."""
+    versions = list(dict.fromkeys(row["by"] for row in rows if "version" in row))
+    if not versions:
+        return None
+    body = []
+    for name in _names(rows):
+        found = {row["by"]: row for row in rows if row["exhibit"] == name and "version" in row}
+        ours = _ours(rows, name)["seconds"]
+        body.append((name, f"{ours:.1f}", *(_time(found.get(peer), ours) for peer in versions)))
+    header = ("exhibit", _ours(rows, rows[0]["exhibit"])["by"], *versions)
+    note = (
+        "Seconds, one after the other in one run; in brackets as a multiple of the ladder's, without self-checks."
+    )
+    return Table(header=header, rows=tuple(body), note=note)
+
+
 def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["exhibit"] for row in rows))
 
@@ -66,3 +83,9 @@ def _opinion(row: dict[str, Any] | None) -> str:
         return "fails"
     claimed = "" if row["claimed"] is None else f" (says {100 * row['claimed']:.1f})"
     return f"{100 * row['value']:.1f}{claimed}"
+
+
+def _time(row: dict[str, Any] | None, ours: float) -> str:
+    if row is None or row["value"] is None:
+        return "-" if row is None else "fails"
+    return f"{row['seconds']:.1f} ({row['seconds'] / ours:.1f})"
