@@ -523,3 +523,38 @@ def test_compiled_batch_norm_equals_that_of_torch(compiled, dtype):
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.eval()(wide), theirs.eval()(wide), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gelu_has_the_derivatives_of_torch(compiled, dtype):
+    x = (torch.randn(4, 6, 5, 5) * 2).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    calls = counters["stats"]["calls_captured"]
+    results = derivatives(kernels.gelu, x)
+    assert counters["stats"]["calls_captured"] > calls, "it ran plainly"
+    known = derivatives(F.gelu, x.detach().float().requires_grad_())
+    close(results, [tensor.to(dtype) for tensor in known], rtol=1e-5 if dtype == torch.float32 else 3e-2)
+    assert kernels.fits_gelu(x)
+    assert not kernels.fits_gelu(x.detach())
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [None, 6, 1])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_rounding_of_weights_equals_plain_rounding(compiled, channels, layout, monkeypatch):
+    quantizer = Quantizer(3, grid="symmetric", high=0.9, law=Deterministic(), learned=True, channels=channels, axis=0)
+    weight = torch.randn(channels or 6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = weight.to(memory_format=layout).requires_grad_()
+
+    def run(x):
+        return quantizer(x) * torch.linspace(-1, 2, x.numel()).view(x.shape)
+
+    calls = []
+    monkeypatch.setattr(choice, "call", lambda *args, call=choice.call, **rest: calls.append(args) or call(*args, **rest))
+    results = derivatives(run, weight, quantizer.log_step)
+    assert len(calls) == 2, "forwards once; backwards once, and plainly where a graph is asked for"
+    with kernels.use("eager"):
+        known = derivatives(run, weight, quantizer.log_step)
+        levels = quantizer(weight)
+    close(results, known)
+    assert quantizer(weight).equal(levels)

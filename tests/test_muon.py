@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bitquorum.interface import InputError
-from bitquorum.muon import Muon, orthogonalize
+from bitquorum.muon import Muon, orthogonalize, orthogonalize_all
 
 
 @pytest.mark.parametrize("shape", [(8, 27), (40, 12), (6, 6)])
@@ -18,6 +18,13 @@ def test_orthogonalize_keeps_singular_vectors_and_sets_values_near_one(shape):
     assert (turned - torch.diag(found)).abs().max() < 1e-4
     assert (found[values > 0.05 * values.norm()] - 1).abs().max() < 0.35
     torch.testing.assert_close(orthogonalize(matrix.mT), orthogonalize(matrix).mT)
+
+
+def test_matrices_of_equal_shape_are_orthogonalized_as_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((4, 6), (7, 3), (4, 6), (4, 6), (7, 3), (2, 2))]
+    for matrix, turned in zip(matrices, orthogonalize_all(matrices), strict=True):
+        torch.testing.assert_close(turned, orthogonalize(matrix))
 
 
 def test_convolution_moves_by_the_learning_rate_as_the_matrix_of_the_reference_and_keeps_its_norm():

@@ -149,7 +149,11 @@ class QuantActivation(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
         """Return the activation on its grid."""
-        return self.quantizer(x if self.absorbed else self.activation(x))
+        return self.quantizer(x if self.absorbed else self._activate(x))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        plain_gelu = type(self.activation) is nn.GELU and self.activation.approximate == "none"
+        return kernels.gelu(x) if plain_gelu and kernels.fits_gelu(x) else self.activation(x)
 
 
 @final

@@ -71,33 +71,54 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                update = _turn if weight.dim() == 4 else _descend
-                update(weight, weight.grad, state["momentum_buffer"], group)
+            moving = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in moving:
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            for update, those in (
+                (_turn, [weight for weight in moving if weight.dim() == 4]),
+                (_descend, [weight for weight in moving if weight.dim() != 4]),
+            ):
+                if those:
+                    buffers = [self.state[weight]["momentum_buffer"] for weight in those]
+                    update(those, [weight.grad for weight in those], buffers, group)
         return loss
 
 
-def _turn(weight: Tensor, gradient: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
-    norm = weight.norm()
-    buffer.lerp_(gradient, 1 - group["momentum"])
-    ahead = gradient.lerp(buffer, group["momentum"])
-    weight.sub_(group["lr"] * orthogonalize(ahead.flatten(1)).view_as(weight))
-    weight.mul_(norm / weight.norm().clamp_min(1e-12))
+def _turn(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+    norms = torch._foreach_norm(weights)
+    torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+    ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+    matrices = [matrix.flatten(1) for matrix in ahead]
+    # One matrix is too little work for a GPU, and enough for a CPU.
+    turns = orthogonalize_all(matrices) if matrices[0].is_cuda else [orthogonalize(matrix) for matrix in matrices]
+    steps = [turn.view_as(weight) for turn, weight in zip(turns, weights, strict=True)]
+    torch._foreach_sub_(weights, torch._foreach_mul(steps, group["lr"]))
+    factors = torch._foreach_div(norms, torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-12))
+    torch._foreach_mul_(weights, factors)
 
 
-def _descend(weight: Tensor, gradient: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
-    gradient = gradient.add(weight, alpha=group["weight_decay"])
-    buffer.mul_(group["momentum"]).add_(gradient)
-    weight.sub_(gradient.add(buffer, alpha=group["momentum"]), alpha=Muon.RATIO * group["lr"])
+def _descend(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+    decayed = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_add_(buffers, decayed)
+    torch._foreach_add_(decayed, buffers, alpha=group["momentum"])
+    torch._foreach_sub_(weights, decayed, alpha=Muon.RATIO * group["lr"])
 
 
-def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    """Return a matrix with the same singular vectors and singular values between about 0.7 and 1.2.
+def orthogonalize_all(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_ _"]]:
+    """Apply `orthogonalize` to each, to those of equal shape at once."""
+    alike: dict[torch.Size, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        alike.setdefault(matrix.shape, []).append(index)
+    found: dict[int, Tensor] = {}
+    for places in alike.values():
+        found |= zip(places, orthogonalize(torch.stack([matrices[place] for place in places])).unbind(), strict=True)
+    return [found[place] for place in range(len(matrices))]
+
+
+def orthogonalize(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch rows columns"]:
+    """Return a matrix, or a batch of them, with the same singular vectors and singular values of about 0.7 to 1.2.
 
     Values below about a hundredth of the Frobenius norm are raised, yet not so far in five iterations.
 
@@ -107,9 +128,11 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows 
         True
     """
     a, b, c = QUINTIC
-    flat = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = flat / flat.norm().clamp_min(1e-12)
+    add = torch.addmm if matrix.dim() == 2 else torch.baddbmm
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    flat = matrix.mT if tall else matrix
+    x = flat / flat.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -122,21 +122,21 @@ def row_keys(x: Float[Tensor, "rows *rest"], address: str) -> Int[Tensor, "rows"
             "keep the batch in the first dimension inside the network"
         )
     index = ambient.examples if ambient.examples is not None else torch.arange(rows // count)
-    return torch.cat([_example_keys(seed, address, index.to(x.device)) for seed in ambient.seeds])
+    return _example_keys(ambient.seeds, address, index.to(x.device))
 
 
 def uniform_per_draw(x: Float[Tensor, "*shape"], address: str) -> Float[Tensor, "draw *shape"]:
     """Return noise in (0, 1) for a parameter: one independent tensor like `x` for each ambient seed."""
     ambient = current() or Draw(seeds=(fresh_seed(),))
     keys = torch.tensor([_signed(derive(seed, "parameter", address)) for seed in ambient.seeds], device=x.device)
-    return kernels.uniform(_mix64(keys), x.numel()).view(len(keys), *x.shape).to(x.dtype)
+    return kernels.uniform(kernels.mix64(keys), x.numel()).view(len(keys), *x.shape).to(x.dtype)
 
 
 def uniform(
     seed: int, examples: Int[Tensor, "batch"], count: int, *, address: str = ""
 ) -> Float[Tensor, "batch count"]:
     """Return `count` numbers in (0, 1) for each example, without an ambient draw (augmentation, random starts)."""
-    return kernels.uniform(_example_keys(seed, address, examples), count)
+    return kernels.uniform(_example_keys((seed,), address, examples), count)
 
 
 def fresh_seed() -> int:
@@ -154,16 +154,16 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _example_keys(seed: int, address: str, examples: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
-    return _mix64(_mix64(examples.long() + _stream(seed, address)) ^ _stream(seed, address + "\x1f"))
+def _example_keys(seeds: tuple[int, ...], address: str, examples: Int[Tensor, "batch"]) -> Int[Tensor, "rows"]:
+    return kernels.keys(examples.long(), _streams(seeds, address, examples.device)).flatten()
 
 
-def _mix64(x: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
-    """Mix 64-bit integers (the finalizer of splitmix64: Steele, Lea, Flood, 2014); overflow wraps."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+def _streams(seeds: tuple[int, ...], address: str, device: torch.device) -> Int[Tensor, "two seeds"]:
+    """Return the two numbers that stand for each seed at an address."""
+    numbers = [_stream(seed, name) for name in (address, address + "\x1f") for seed in seeds]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # nothing of the host may be in a record
+        return torch.stack([torch.full((), number, device=device) for number in numbers]).view(2, -1)
+    return torch.tensor(numbers).view(2, -1).to(device, non_blocking=True)
 
 
 @contextmanager

@@ -320,8 +320,9 @@ class _Training:
         state = self.ensemble.state_dict()
         moving = [name for name, value in state.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.average[name] for name in moving], [state[name] for name in moving], 1 - decay)
-        for name in state.keys() - set(moving):
-            self.average[name].copy_(state[name])
+        fixed = sorted(state.keys() - set(moving))
+        if fixed:
+            torch._foreach_copy_([self.average[name] for name in fixed], [state[name] for name in fixed])
 
     def _log(self, values: dict[str, Tensor | float]) -> None:
         for name, value in values.items():

@@ -7,7 +7,9 @@
 | `noise` | counter-based uniform noise, and the draw of a code |
 | `mean` | slope and curvature of the mean code |
 | `quantize` | draw, decoding and both derivatives in one pass each |
+| `rounding` | weights rounded to nearest, forwards and backwards in one pass each |
 | `normalize` | batch normalization whose second derivatives are one pass each |
+| `gelu` | GELU whose second derivatives are one pass |
 | `precision` | half precision widened |
 | `convolution` | convolutions whose second derivatives cost what the first ones do |
 
@@ -26,29 +28,37 @@ a rounding threshold, in less than one draw of 100,000. Two calls give equal bit
 float32; every other type runs plainly.
 """
 
-from bitquorum.kernels.choice import Mode, compiler_available, mode, use
+from bitquorum.kernels.choice import Mode, applies, compiler_available, mode, use
 from bitquorum.kernels.convolution import convolve, fits_convolution
+from bitquorum.kernels.gelu import fits_gelu, gelu
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
-from bitquorum.kernels.noise import LawName, draw, uniform
+from bitquorum.kernels.noise import LawName, draw, keys, mix64, uniform
 from bitquorum.kernels.normalize import fits_normalization, normalize
 from bitquorum.kernels.precision import wide
 from bitquorum.kernels.quantize import MeanCode, fits_quantization, quantize
+from bitquorum.kernels.rounding import round_symmetric
 
 __all__ = [
     "LawName",
     "MeanCode",
     "Mode",
     "SmoothLawName",
+    "applies",
     "compiler_available",
     "convolve",
     "draw",
     "fits",
     "fits_convolution",
+    "fits_gelu",
     "fits_normalization",
     "fits_quantization",
+    "gelu",
+    "keys",
+    "mix64",
     "mode",
     "normalize",
     "quantize",
+    "round_symmetric",
     "slope",
     "slope_and_curvature",
     "uniform",

@@ -28,6 +28,18 @@ _TAIL = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573
 _TAIL += (-0.0076224613, 0.00943887047, 1.00167406, 2.83297682)
 
 
+def keys(examples: Int[Tensor, "batch"], streams: Int[Tensor, "two seeds"]) -> Int[Tensor, "seeds batch"]:
+    """Return the 64-bit key of every example under every seed, which two numbers stand for.
+
+    Some thirty operations on few numbers: a GPU, where each would be a kernel of its own, gets them compiled.
+    """
+    if examples.is_cuda and choice.applies(examples, (torch.int64,)):
+        made = choice.call(_keys, examples, streams)
+        if made is not None:
+            return made
+    return _keys(examples, streams)
+
+
 def uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"]:
     """Return `count` float32 numbers in (0, 1) for each 64-bit key; runs plainly in either mode.
 
@@ -140,6 +152,21 @@ def _block() -> int:
 
 
 # The functions below are traced by the compiler; type checks at run time would break the trace.
+
+
+@no_type_check
+def _keys(examples: Int[Tensor, "batch"], streams: Int[Tensor, "two seeds"]) -> Int[Tensor, "seeds batch"]:
+    first, second = streams.unsqueeze(-1).unbind()
+    return mix64(mix64(examples + first) ^ second)
+
+
+@no_type_check
+def mix64(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Mix 64-bit integers (the finalizer of splitmix64: Steele, Lea, Flood, 2014); overflow wraps."""
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 @no_type_check

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitquorum.kernels import choice
+from bitquorum.kernels import choice, noise
 from bitquorum.kernels.layout import like_layout
 
 
@@ -50,11 +50,11 @@ def normalize(
         near: Any numbers near the means, such as running ones: they keep the variance exact to rounding.
         eps: Added to the variances.
     """
-    moments = choice.call(_moments, _rows(x.detach()), near)
+    moments = choice.call(_moments, _rows(x.detach()), near, noise.scalar(eps, x.device))
     if moments is None:
         return None
-    mean, variance = moments
-    y: Tensor = _Normalize.apply(x, weight, bias, mean, torch.rsqrt(variance + eps))  # type: ignore[assignment]
+    mean, variance, rate = moments
+    y: Tensor = _Normalize.apply(x, weight, bias, mean, rate)  # type: ignore[assignment]
     return y, mean, variance
 
 
@@ -75,12 +75,11 @@ class _Backward(torch.autograd.Function):
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         g = like_layout(g, x)
-        means = choice.call(_gradient_means, _rows(x), _rows(g), mean, rate)
+        *means, of_weight, of_bias = choice.call(_gradient_means, _rows(x), _rows(g), mean, rate)
         ctx.save_for_backward(g, x, weight, mean, rate, *means)
         ctx.set_materialize_grads(False)
-        count = x.numel() // x.shape[1]
         of_x = choice.call(_gradient, _rows(x), _rows(g), mean, rate, weight, *means)
-        return _images(of_x, x), means[1] * count, means[0] * count
+        return _images(of_x, x), of_weight, of_bias
 
     @staticmethod
     @once_differentiable
@@ -89,13 +88,10 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         g, x, weight, mean, rate, mean_g, mean_gx = ctx.saved_tensors
         of_x, of_weight, of_bias = grads
-        count = x.numel() // x.shape[1]
         v = torch.zeros_like(x) if of_x is None else like_layout(of_x, x)
         rows = (_rows(x), _rows(g), _rows(v))
-        means = choice.call(_second_means, *rows, mean, rate)
-        to_g, to_x = choice.call(_second, *rows, torch.stack((mean, rate, weight, mean_g, mean_gx, *means)))
-        mean_v, mean_vx, mean_vg = means
-        to_weight = count * rate * (mean_vg - mean_v * mean_g - mean_vx * mean_gx)
+        *means, to_weight = choice.call(_second_means, *rows, mean, rate, mean_g, mean_gx)
+        to_g, to_x = choice.call(_second, *rows, mean, rate, weight, mean_g, mean_gx, *means)
         to_g, to_x = _images(to_g, x), _images(to_x, x)
         if of_weight is not None or of_bias is not None:  # somebody differentiates the gradients of the parameters
             a = torch.zeros_like(weight) if of_weight is None else of_weight
@@ -120,10 +116,11 @@ def _images(rows: Float[Tensor, "rows channels"], like: Tensor) -> Tensor:
 
 
 @no_type_check
-def _moments(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(x: Tensor, near: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shifted = x.float() - near
     first, second = shifted.mean(0), (shifted * shifted).mean(0)
-    return near + first, (second - first * first).clamp(min=0)
+    variance = (second - first * first).clamp(min=0)
+    return near + first, variance, torch.rsqrt(variance + eps)
 
 
 @no_type_check
@@ -132,9 +129,10 @@ def _values(x: Tensor, mean: Tensor, rate: Tensor, weight: Tensor, bias: Tensor)
 
 
 @no_type_check
-def _gradient_means(x: Tensor, g: Tensor, mean: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_means(x: Tensor, g: Tensor, mean: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hat, wide = (x.float() - mean) * rate, g.float()
-    return wide.mean(0), (wide * hat).mean(0)
+    of_bias, of_weight = wide.sum(0), (wide * hat).sum(0)
+    return of_bias / x.shape[0], of_weight / x.shape[0], of_weight, of_bias
 
 
 @no_type_check
@@ -146,14 +144,18 @@ def _gradient(
 
 
 @no_type_check
-def _second_means(x: Tensor, g: Tensor, v: Tensor, mean: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _second_means(
+    x: Tensor, g: Tensor, v: Tensor, mean: Tensor, rate: Tensor, mean_g: Tensor, mean_gx: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hat, wide_v = (x.float() - mean) * rate, v.float()
-    return wide_v.mean(0), (wide_v * hat).mean(0), (wide_v * g.float()).mean(0)
+    mean_v, mean_vx, mean_vg = wide_v.mean(0), (wide_v * hat).mean(0), (wide_v * g.float()).mean(0)
+    shared = mean_vg - mean_v * mean_g - mean_vx * mean_gx
+    return mean_v, mean_vx, mean_vg, x.shape[0] * rate * shared
 
 
 @no_type_check
-def _second(x: Tensor, g: Tensor, v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    mean, rate, weight, mean_g, mean_gx, mean_v, mean_vx, mean_vg = means.unbind()
+def _second(x: Tensor, g: Tensor, v: Tensor, *channels: Tensor) -> tuple[Tensor, Tensor]:
+    mean, rate, weight, mean_g, mean_gx, mean_v, mean_vx, mean_vg = channels
     hat = (x.float() - mean) * rate
     inner_v = v.float() - mean_v - hat * mean_vx
     inner_g = g.float() - mean_g - hat * mean_gx

@@ -257,8 +257,7 @@ class Quantizer(nn.Module):
         if self.pact:
             step = step.detach()
         elif self.learned and torch.is_grad_enabled():
-            groups = max(1, self.log_step.numel())
-            factor = 1 / math.sqrt(max(1, x.numel() // groups) * self.top)
+            factor = self._step_factor(x)
             step = _ScaleGradient.apply(step, factor)
             if self.grid == "two-sided":
                 low = _ScaleGradient.apply(low, factor)
@@ -269,6 +268,10 @@ class Quantizer(nn.Module):
         shape = [1] * x.dim()
         shape[self.axis] = -1
         return (low.view(shape) if isinstance(low, Tensor) else low), step.view(shape)
+
+    def _step_factor(self, x: Tensor) -> float:
+        groups = max(1, self.log_step.numel())
+        return 1 / math.sqrt(max(1, x.numel() // groups) * self.top)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
         """Return `x` in steps above the lowest level, and `_range`; half precision is widened first."""
@@ -304,7 +307,23 @@ class Quantizer(nn.Module):
         return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        """Return the values in one pass, where there is one: a smooth mean over one range."""
+        """Return the values in one pass, where there is one."""
+        if isinstance(self.law, Deterministic):
+            return self._fused_rounding(x)
+        return self._fused_draw(x)
+
+    def _fused_rounding(self, x: Tensor) -> Tensor | None:
+        """Round straight-through to symmetric grids that are trained, as weights are."""
+        chosen = ambient() or self.surrogate
+        straight = (chosen.backward or self.surrogate.backward) == "straight-through"
+        channels_first = self.log_step.dim() == 0 or (self.axis == 0 and x.dim() > 1)
+        if not (straight and channels_first and self.learned and self.grid == "symmetric" and kernels.applies(x)):
+            return None
+        step = self.log_step.exp()
+        return kernels.round_symmetric(x, step, top=self.top, factor=self._step_factor(x))
+
+    def _fused_draw(self, x: Tensor) -> Tensor | None:
+        """Draw under a law with a smooth mean, over one range."""
         name, scale = SMOOTH.get(type(self.law)), self.scale()
         if name is None or isinstance(scale, Tensor) or self.pact or self.grid == "symmetric":
             return None

@@ -56,9 +56,7 @@ def peer_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
         ours = _ours(rows, name)["seconds"]
         body.append((name, f"{ours:.1f}", *(_time(found.get(peer), ours) for peer in versions)))
     header = ("exhibit", _ours(rows, rows[0]["exhibit"])["by"], *versions)
-    note = (
-        "Seconds, one after the other in one run; in brackets as a multiple of the ladder's, without self-checks."
-    )
+    note = "Seconds, one after the other in one run; in brackets as a multiple of the ladder's, without self-checks."
     return Table(header=header, rows=tuple(body), note=note)
 
 
