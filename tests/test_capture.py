@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from bitquorum import capture
+from bitquorum.benchmark.timing import Sizes
+from bitquorum.benchmark.training import training_step
 from bitquorum.capture import fits_capture
 from bitquorum.conversion import Policy
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.objective import FeatureMI, InputGradient, MemberCrossEntropy, Objective, Reduce, Step
-from bitquorum.quantizers import Deterministic
+from bitquorum.quantizers import Deterministic, SmoothRounding
 from bitquorum.train import Progress, Trainer
 from bitquorum.zoo import SmallResNet
 
@@ -70,11 +72,7 @@ def test_weights_that_are_tensors_give_the_same_loss_and_gradients():
 
 def test_a_recorded_step_reads_its_batch_from_one_place(monkeypatch: pytest.MonkeyPatch):
     """Without a GPU the record itself is left out: every call runs plainly, on the memory that a record would read."""
-    monkeypatch.setattr(capture, "WARMUP", 10**9)
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    without_record(monkeypatch)
     seen: list[tuple[int, float]] = []
 
     def body(pixels, labels, examples, weights):  # type: ignore[no-untyped-def]
@@ -88,6 +86,23 @@ def test_a_recorded_step_reads_its_batch_from_one_place(monkeypatch: pytest.Monk
         assert float(value) == pytest.approx(float(batch.images.sum() + batch.labels.sum() + batch.examples.sum()))
     assert len({place for place, _ in seen}) == 1
     assert [weight for _, weight in seen] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_the_benchmark_of_a_recorded_step_runs(monkeypatch: pytest.MonkeyPatch):
+    without_record(monkeypatch)
+    sizes = Sizes(widths=(4, 4, 8), batch=4)
+    step = training_step("recorded", sizes, SmoothRounding(), penalty=True, members=2, mode="eager", recorded=True)
+    for _ in range(2):
+        step.run()
+
+
+def without_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every call of a captured step run plainly, without CUDA."""
+    monkeypatch.setattr(capture, "WARMUP", 10**9)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
 
 
 class _Stream:

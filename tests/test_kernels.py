@@ -550,7 +550,9 @@ def test_compiled_rounding_of_weights_equals_plain_rounding(compiled, channels, 
         return quantizer(x) * torch.linspace(-1, 2, x.numel()).view(x.shape)
 
     calls = []
-    monkeypatch.setattr(choice, "call", lambda *args, call=choice.call, **rest: calls.append(args) or call(*args, **rest))
+    monkeypatch.setattr(
+        choice, "call", lambda *args, call=choice.call, **rest: calls.append(args) or call(*args, **rest)
+    )
     results = derivatives(run, weight, quantizer.log_step)
     assert len(calls) == 2, "forwards once; backwards once, and plainly where a graph is asked for"
     with kernels.use("eager"):

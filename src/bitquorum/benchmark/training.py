@@ -1,12 +1,14 @@
 """Compare the step of a training: float or low-bit, with and without the input-gradient penalty, M members."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from bitquorum import kernels, rng
 from bitquorum.benchmark.timing import Contender, Sizes, Workload, fastest
+from bitquorum.capture import CapturedStep, Values
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.objective import InputGradient, MemberCrossEntropy, Objective, Reduce, Step
@@ -28,16 +30,34 @@ def training(sizes: Sizes) -> Iterator[Workload]:
             if fused:
                 contenders.append(training_step(label, sizes, law, penalty=penalty))
         name = f"SQ SmoothRounding{tail}"
-        contenders += [
-            training_step(f"{name}, M = {count}", sizes, SmoothRounding(), penalty=penalty, members=count)
-            for count in sizes.members
-            if count > 1
-        ]
+        for recorded in (False, True) if torch.device(sizes.device).type == "cuda" else (False,):
+            if recorded:
+                contenders.append(training_step("float, recorded", sizes, None, penalty=False, recorded=True))
+                contenders.append(training_step(f"{name}, recorded", sizes, law, penalty=penalty, recorded=True))
+            contenders += [
+                training_step(
+                    f"{name}, M = {count}{', recorded' if recorded else ''}",
+                    sizes,
+                    law,
+                    penalty=penalty,
+                    members=count,
+                    recorded=recorded,
+                )
+                for count in sizes.members
+                if count > 1
+            ]
         yield Workload(name=f"training{tail}", contenders=tuple(contenders), warmup=3)
 
 
 def training_step(
-    name: str, sizes: Sizes, law: Law | None, *, penalty: bool, members: int = 1, mode: kernels.Mode = "compiled"
+    name: str,
+    sizes: Sizes,
+    law: Law | None,
+    *,
+    penalty: bool,
+    members: int = 1,
+    mode: kernels.Mode = "compiled",
+    recorded: bool = False,
 ) -> Contender:
     """Return the step of so many members under a noise law of activations; `None` for float members.
 
@@ -48,6 +68,7 @@ def training_step(
         penalty: Whether the objective has an input-gradient term.
         members: Number of members with separate weights.
         mode: Of the kernels.
+        recorded: Whether the step is a CUDA graph, as `Trainer` has it.
     """
     with rng.torch_seed(0):
         build = SmallResNet(widths=sizes.widths, activation="relu")
@@ -56,38 +77,48 @@ def training_step(
     ensemble = Ensemble.build(networks, [policy] * members).to(sizes.device).train()
     ensemble = ensemble.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     objective = Objective(terms=(MemberCrossEntropy(), *((InputGradient(warmup=0.0),) if penalty else ())))
-    return Contender(name=name, run=_step(ensemble, objective, sizes, mode))
+    return Contender(name=name, run=_step(ensemble, objective, sizes, mode, recorded=recorded))
 
 
 def _policy(bits: int, law: Law) -> Policy:
     return Policy(weight_bits=bits, activation_bits=bits, weight_law=Deterministic(), activation_law=law)
 
 
-def _step(ensemble: Ensemble, objective: Objective, sizes: Sizes, mode: kernels.Mode) -> Callable[[], object]:
+def _step(
+    ensemble: Ensemble, objective: Objective, sizes: Sizes, mode: kernels.Mode, *, recorded: bool
+) -> Callable[[], object]:
     examples = torch.arange(sizes.batch, device=sizes.device)
     images = rng.uniform(0, examples, 3 * 32 * 32).view(-1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    images.requires_grad_(objective.needs_image_gradient)
     kind = torch.device(sizes.device).type
     mode = fastest(sizes.device) if mode == "compiled" else mode
 
-    def step() -> None:
+    def body(
+        images: Tensor, labels: Tensor, examples: Tensor, weights: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Values]:
+        batch = Step(
+            ensemble=ensemble,
+            images=images.detach().requires_grad_(objective.needs_image_gradient),
+            labels=labels,
+            examples=examples,
+            progress=1.0,
+            seed=0,
+            memory={},
+            reduce=Reduce(),
+        )
         cast = torch.autocast(kind, torch.bfloat16) if sizes.precision == "bfloat16" else nullcontext()
-        with kernels.use(mode), cast:
-            loss, _ = objective(
-                Step(
-                    ensemble=ensemble,
-                    images=images,
-                    labels=examples % 10,
-                    examples=examples,
-                    progress=1.0,
-                    seed=0,
-                    memory={},
-                    reduce=Reduce(),
-                )
-            )
+        with cast:
+            loss, values = objective(batch, weights)
+        loss.backward()
+        return loss.detach(), values
+
+    captured = CapturedStep(body, list(ensemble.parameters())) if recorded else None
+
+    def step() -> None:
         with kernels.use(mode):
-            loss.backward()
-        ensemble.zero_grad(set_to_none=True)
-        images.grad = None
+            if captured is not None:
+                captured(images, examples % 10, examples, objective.weights_at(1.0))
+            else:
+                body(images, examples % 10, examples, None)
+                ensemble.zero_grad(set_to_none=True)
 
     return step
