@@ -75,14 +75,15 @@ def test_a_recorded_step_reads_its_batch_from_one_place(monkeypatch: pytest.Monk
     without_record(monkeypatch)
     seen: list[tuple[int, float]] = []
 
-    def body(pixels, labels, examples, weights):  # type: ignore[no-untyped-def]
+    def body(tensors, weights):  # type: ignore[no-untyped-def]
+        pixels, labels, examples = tensors
         seen.append((pixels.data_ptr(), float(weights[1])))
         return pixels.sum() + labels.sum() + examples.sum(), {}
 
     step = capture.CapturedStep(body, [])
     for number in range(3):
         batch = images().batch(torch.arange(number, number + 4))
-        value, _ = step(batch.images, batch.labels, batch.examples, [1.0, 0.1 * number])
+        value, _ = step((batch.images, batch.labels, batch.examples), [1.0, 0.1 * number])
         assert float(value) == pytest.approx(float(batch.images.sum() + batch.labels.sum() + batch.examples.sum()))
     assert len({place for place, _ in seen}) == 1
     assert [weight for _, weight in seen] == pytest.approx([0.0, 0.1, 0.2])

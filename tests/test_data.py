@@ -996,6 +996,38 @@ def test_brightness_multiplies_by_a_uniform_factor():
     assert Augment(brightness=1.0)(torch.ones(100, 1, 1, 1), torch.arange(100), 0).max() <= 1
 
 
+def test_cutmix_puts_a_rectangle_of_the_other_image_and_counts_it():
+    count, height, width = 4000, 8, 5
+    own, other = torch.zeros(count, 3, height, width), torch.ones(count, 3, height, width)
+    examples = torch.arange(count) * 3
+    images, share = Augment(cutmix=0.75).mix(own, other, examples, 1)
+    assert torch.equal(images[:, 0], images[:, 2])
+    foreign = images[:, 0] == 1
+    torch.testing.assert_close(share, 1 - foreign.flatten(1).float().mean(1))
+    heights, widths = foreign.any(2).sum(1), foreign.any(1).sum(1)
+    assert torch.equal(foreign.flatten(1).sum(1), heights * widths)  # one rectangle, of a part of each side
+    edges = foreign[:, 0].any(1) | foreign[:, -1].any(1) | foreign[:, :, 0].any(1) | foreign[:, :, -1].any(1)
+    uncut = ~edges & (heights > 0)
+    assert uncut.sum() > 100
+    assert bool(((heights[uncut] / height - widths[uncut] / width).abs() < 1 / width).all())
+    assert abs((share < 1).float().mean().item() - 0.75) < 0.1  # small rectangles vanish
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    again, shares = Augment(cutmix=0.75).mix(own[order], other[order], examples[order], 1)
+    assert torch.equal(again, images[order])
+    assert torch.equal(shares, share[order])
+    untouched, ones = Augment().mix(own, other, examples, 1)
+    assert torch.equal(untouched, own)
+    assert torch.equal(ones, torch.ones(count))
+
+
+def test_partners_lie_anywhere_in_the_set():
+    augment, examples = Augment(cutmix=1.0), torch.arange(20_000)
+    partners = augment.partners(examples, 1)
+    table = torch.bincount(partners // 1000, minlength=20).float()
+    assert ((table - 1000) ** 2 / 1000).sum().item() < 19 + 5 * (2 * 19) ** 0.5
+    assert not torch.equal(augment.partners(examples, 2), partners)
+
+
 def test_an_option_does_not_change_the_draws_of_another():
     images, examples = torch.rand(30, 1, 8, 8), torch.arange(30)
     both = Augment(crop=2, brightness=0.5)(images, examples, 3)
@@ -1008,6 +1040,7 @@ def test_an_option_does_not_change_the_draws_of_another():
         ({"crop": -1}, "crop to be a number of pixels, 0 or more, got -1"),
         ({"cutout": 1.5}, "cutout to be a number of pixels"),
         ({"crop": True}, "got True"),
+        ({"cutmix": 1.5}, "cutmix, a share of the images, in"),
         ({"flip": 1}, "flip to be true or false, got 1"),
         ({"brightness": 1.1}, r"brightness in \[0, 1\], got 1.1"),
         ({"brightness": float("nan")}, r"brightness in \[0, 1\], got nan"),

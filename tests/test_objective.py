@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final, get_args
 
 import pytest
@@ -26,6 +26,7 @@ from bitquorum.layers import QuantActivation
 from bitquorum.objective import (
     Adversarial,
     ConditionalMI,
+    Distillation,
     EnsembleCrossEntropy,
     FeatureMI,
     InputGradient,
@@ -38,7 +39,7 @@ from bitquorum.objective import (
     Trades,
 )
 from bitquorum.objective.robustness import Norm, Of
-from bitquorum.objective.term import cross_entropy, mean_probability_cross_entropy
+from bitquorum.objective.term import cross_entropy
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer
 
 
@@ -109,9 +110,54 @@ def test_cross_entropies_against_torch():
             for m in range(3):
                 known = nn.functional.cross_entropy(logits[t, m], labels, reduction="none", label_smoothing=smoothing)
                 torch.testing.assert_close(got[t, m], known)
-    probabilities = logits.softmax(-1).mean(1)
-    known = -probabilities.gather(-1, labels.expand(2, 5)[..., None])[..., 0].log()
-    torch.testing.assert_close(mean_probability_cross_entropy(logits, labels), known)
+    probabilities = logits[0].softmax(-1).mean(0)
+    known = nn.functional.nll_loss(probabilities.log(), labels)
+    torch.testing.assert_close(EnsembleCrossEntropy()(given(list(logits[0]), labels)), known)
+
+
+def test_mixed_images_have_two_labels():
+    logits, labels, others = [normal(0, 5, 4), normal(1, 5, 4)], torch.tensor([0, 1, 2, 3, 3]), torch.tensor([1] * 5)
+    share = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    soft = share[:, None] * nn.functional.one_hot(labels, 4) + (1 - share)[:, None] * nn.functional.one_hot(others, 4)
+    said = given(logits, labels, mixed=(others, share))
+    for smoothing in (0.0, 0.2):
+        wide = torch.cat([nn.functional.cross_entropy(z, soft, label_smoothing=smoothing)[None] for z in logits])
+        torch.testing.assert_close(MemberCrossEntropy(smoothing=smoothing)(said), wide.mean())
+    mean = torch.stack(logits).softmax(-1).mean(0).log()
+    torch.testing.assert_close(EnsembleCrossEntropy()(said), nn.functional.cross_entropy(mean, soft))
+    for losses, z in zip(said.member_losses, logits, strict=True):
+        torch.testing.assert_close(losses, nn.functional.cross_entropy(z, soft, reduction="none"))
+    for of in ("member", "ensemble"):
+        images = torch.cat(logits, 1).requires_grad_()
+        penalty = InputGradient(of=of)(replace(said, images=images))
+        leaf = images.detach().requires_grad_()
+        both = torch.stack(leaf.split(4, 1)).log_softmax(-1)
+        losses = [logp for logp in both] if of == "member" else [both.exp().mean(0).log()]
+        loss = sum(nn.functional.cross_entropy(logp, soft, reduction="sum") for logp in losses)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(penalty, gradient.abs().sum(1).mean() / len(losses))
+
+
+def test_distillation_is_the_divergence_from_the_mean_of_the_others():
+    logits, labels, tau = [normal(seed, 6, 4) for seed in (1, 2, 3)], torch.zeros(6, dtype=torch.long), 2.0
+    leaves = [z.clone().requires_grad_() for z in logits]
+    p = torch.stack([(z / tau).softmax(-1) for z in leaves])
+    known = torch.stack(
+        [
+            nn.functional.kl_div(p[m].log(), p[[k for k in range(3) if k != m]].mean(0).detach(), reduction="batchmean")
+            for m in range(3)
+        ]
+    ).mean()
+    images = torch.cat(logits, 1).requires_grad_()
+    said = replace(given(logits, labels), images=images)
+    value = Distillation(temperature=tau)(said)
+    torch.testing.assert_close(value, tau**2 * known)
+    gradients = torch.autograd.grad(tau**2 * known, leaves)
+    torch.testing.assert_close(torch.autograd.grad(value, images)[0], torch.cat(gradients, 1))
+    assert Distillation()(given([logits[0]] * 3, labels)).item() == pytest.approx(0, abs=1e-6)
+    assert Distillation()(given(logits[:1], labels)).item() == 0
+    with pytest.raises(InputError, match="expected a temperature above 0, got 0"):
+        Distillation(temperature=0.0)
 
 
 # Mutual information

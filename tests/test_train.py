@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from bitquorum.objective import (
     InputGradient,
     MemberCrossEntropy,
     Objective,
+    Step,
+    Term,
     Trades,
 )
 from bitquorum.train import DivergedError, Progress, Trainer
@@ -38,7 +40,7 @@ TRAINER = Trainer(
     lr=0.05,
     ema=0.9,
     clip=5.0,
-    augment=Augment(crop=1, brightness=0.1),
+    augment=Augment(crop=1, brightness=0.1, cutmix=0.3),
     precision="float32",
     calibration=32,
     log_every=2,
@@ -332,6 +334,30 @@ def test_the_average_of_the_weights():
         torch.testing.assert_close(averaged[name], average, rtol=1e-5, atol=1e-6)
     name = "members.0.1.num_batches_tracked"
     assert averaged[name] == history[-1][name]
+
+
+def test_mixed_images_reach_the_objective_with_both_labels():
+    seen: list[Step] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Spy(Term):
+        def __call__(self, step: Step) -> Tensor:
+            seen.append(step)
+            return step.logits.sum()
+
+    data = toy()
+    flat = replace(data, images=data.labels.float().view(-1, 1, 1, 1).expand(-1, 1, 6, 6).div(2).contiguous())
+    trainer = replace(TRAINER, epochs=2, augment=Augment(cutmix=1.0))
+    trainer(members(), flat, Objective(terms=(Spy(weight=1e-6),)))
+    assert len(seen) == 8
+    for step in seen:
+        assert step.mixed is not None
+        others, share = step.mixed
+        mean = share * step.labels / 2 + (1 - share) * others / 2
+        torch.testing.assert_close(step.images.mean((1, 2, 3)), mean)
+    assert len({tuple(step.mixed[1].tolist()) for step in seen if step.mixed}) == 8
+    fit(replace(TRAINER, augment=Augment()), Objective(terms=(Spy(weight=1e-6),)))
+    assert seen[-1].mixed is None
 
 
 def test_schedules_at_their_ends():

@@ -18,7 +18,7 @@ WARMUP = 3
 """Steps that run plainly before the record: kernels compile, and caches fill, outside of it."""
 
 Values = dict[str, float | Tensor]
-Body = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Values]]
+Body = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Values]]
 
 
 def fits_capture(ensemble: Ensemble, objective: Objective, device: torch.device) -> bool:
@@ -38,7 +38,7 @@ class CapturedStep:
     running statistics) must keep its place in memory; what it returns the next call overwrites, and the gradients too.
 
     Args:
-        body: Takes images, labels, examples and the weight of each term, as tensors.
+        body: Takes a batch, images first, and the weight of each term, all as tensors.
         parameters: Whose gradients it computes.
     """
 
@@ -48,18 +48,17 @@ class CapturedStep:
         self.stream = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         self.inputs: tuple[Tensor, ...] = ()
+        self.weights: tuple[Tensor, ...] = ()
         self.outputs: tuple[Tensor, Values] | None = None
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, examples: Tensor, weights: Sequence[float]
-    ) -> tuple[Tensor, Values]:
+    def __call__(self, batch: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Values]:
         """Return the loss and the values of the terms; gradients lie in the parameters."""
         if not self.inputs:
-            factors = (torch.zeros((), device=images.device) for _ in weights)
-            self.inputs = (images.clone(), labels.clone(), examples.clone(), *factors)
-        for held, given in zip(self.inputs, (images, labels, examples), strict=False):
+            self.inputs = tuple(part.clone() for part in batch)
+            self.weights = tuple(torch.zeros((), device=batch[0].device) for _ in weights)
+        for held, given in zip(self.inputs, batch, strict=True):
             held.copy_(given)
-        for held, weight in zip(self.inputs[3:], weights, strict=True):
+        for held, weight in zip(self.weights, weights, strict=True):
             held.fill_(weight)
         self.calls += 1
         if self.calls <= WARMUP:
@@ -77,5 +76,5 @@ class CapturedStep:
     def _run(self) -> tuple[Tensor, Values]:
         for parameter in self.parameters:
             parameter.grad = None
-        images, labels, examples, *weights = self.inputs
-        return self.body(images.detach(), labels, examples, weights)  # a new leaf in the same memory
+        images, *rest = self.inputs
+        return self.body((images.detach(), *rest), self.weights)  # a new leaf in the same memory

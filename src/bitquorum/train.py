@@ -183,7 +183,8 @@ class _Training:
         self.per_epoch = len(data) // trainer.batch_size
         self.steps = trainer.epochs * self.per_epoch
         self.step = 0
-        self.order, self.ordered = torch.empty(0, dtype=torch.int64), -1
+        self.order = self.partners = torch.empty(0, dtype=torch.int64)
+        self.ordered = -1
         self.memory: dict[str, Tensor] = {}
         self.optimizer = _optimizer(trainer, self.ensemble)
         self.captured = self._capture()
@@ -200,8 +201,8 @@ class _Training:
         self.ensemble.train()
         started = saved = time.monotonic()
         first = self.step
-        for images, labels, examples in self._batches():
-            self._update(images, labels, examples)
+        for batch in self._batches():
+            self._update(batch)
             now = time.monotonic()
             if report and self.rank == 0 and (self._due() or self.step == self.steps):
                 left = (now - started) / (self.step - first) * (self.steps - self.step)
@@ -225,35 +226,46 @@ class _Training:
         if self.trainer.ema:
             self.average = {name: value.clone() for name, value in self.ensemble.state_dict().items()}
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield this process's part of every batch that is left, augmented."""
-        size = self.trainer.batch_size
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield this process's part of every batch that is left, augmented.
+
+        Images, labels and examples, and where images are mixed also the other labels and the images' own shares.
+        """
+        size, augment = self.trainer.batch_size, self.trainer.augment
         while self.step < self.steps:
             epoch, place = divmod(self.step, self.per_epoch)
+            seed = rng.derive(self.seed, "augment", epoch)
             if self.ordered != epoch:
                 self.order, self.ordered = self._order(epoch), epoch
+                self.partners = augment.partners(self.data.index.cpu(), seed) if augment.cutmix else self.order
             positions = self.order[place * size : (place + 1) * size].tensor_split(self.world)[self.rank]
             batch = self.data.batch(positions, self.device)
-            images = self.trainer.augment(batch.images, batch.examples, rng.derive(self.seed, "augment", epoch))
-            yield self._laid_out(images), batch.labels, batch.examples
+            images = augment(batch.images, batch.examples, seed)
+            if not augment.cutmix:
+                yield self._laid_out(images), batch.labels, batch.examples
+                continue
+            others = self.data.batch(self.partners[positions], self.device)
+            images, share = augment.mix(images, augment(others.images, others.examples, seed), batch.examples, seed)
+            yield self._laid_out(images), batch.labels, batch.examples, others.labels, share
 
     def _order(self, epoch: int) -> Int[Tensor, "images"]:
         generator = torch.Generator().manual_seed(rng.derive(self.seed, "order", epoch))
         return torch.randperm(len(self.data), generator=generator)
 
-    def _update(self, images: Tensor, labels: Tensor, examples: Tensor) -> None:
+    def _update(self, batch: tuple[Tensor, ...]) -> None:
         progress = self.step / self.steps
         rate = self.trainer.lr_at(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("ratio", 1.0)
         if self.captured is not None:
+            images, labels, examples, *mixed = batch
             examples = examples + (self.step << 32)  # a record holds the seed fixed: the noise is keyed by both
-            loss, values = self.captured(images, labels, examples, self.objective.weights_at(progress))
+            loss, values = self.captured((images, labels, examples, *mixed), self.objective.weights_at(progress))
         else:
             seed = rng.derive(self.seed, "step", self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            loss, values = self._pass(images, labels, examples, progress=progress, seed=seed)
-            self._reduce_gradients(len(images))
+            loss, values = self._pass(batch, progress=progress, seed=seed)
+            self._reduce_gradients(len(batch[0]))
         if self.trainer.clip:
             nn.utils.clip_grad_norm_(self.ensemble.parameters(), self.trainer.clip)
         with self._autocast():  # reaches products of matrices alone, which only `muon` has
@@ -264,15 +276,14 @@ class _Training:
 
     def _pass(
         self,
-        images: Tensor,
-        labels: Tensor,
-        examples: Tensor,
+        batch: Sequence[Tensor],
         weights: Sequence[float | Tensor] | None = None,
         *,
         progress: float,
         seed: int,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Return the loss of a batch and the values of its terms; gradients lie in the parameters."""
+        images, labels, examples, *mixed = batch
         if self.objective.needs_image_gradient:
             images = images.requires_grad_()
         step = Step(
@@ -284,6 +295,7 @@ class _Training:
             seed=seed,
             memory=self.memory,
             reduce=_Mean() if self.world > 1 else Reduce(),
+            mixed=(mixed[0], mixed[1]) if mixed else None,
         )
         with self._autocast():
             loss, values = self.objective(step, weights)

@@ -92,9 +92,8 @@ def _step(
     kind = torch.device(sizes.device).type
     mode = fastest(sizes.device) if mode == "compiled" else mode
 
-    def body(
-        images: Tensor, labels: Tensor, examples: Tensor, weights: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Values]:
+    def body(tensors: Sequence[Tensor], weights: Sequence[Tensor] | None) -> tuple[Tensor, Values]:
+        images, labels, examples = tensors
         batch = Step(
             ensemble=ensemble,
             images=images.detach().requires_grad_(objective.needs_image_gradient),
@@ -114,11 +113,12 @@ def _step(
     captured = CapturedStep(body, list(ensemble.parameters())) if recorded else None
 
     def step() -> None:
+        batch = (images, examples % 10, examples)
         with kernels.use(mode):
             if captured is not None:
-                captured(images, examples % 10, examples, objective.weights_at(1.0))
+                captured(batch, objective.weights_at(1.0))
             else:
-                body(images, examples % 10, examples, None)
+                body(batch, None)
                 ensemble.zero_grad(set_to_none=True)
 
     return step

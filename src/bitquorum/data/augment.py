@@ -12,7 +12,7 @@ from bitquorum.interface import InputError, Method
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Method):
-    r"""Shift, mirror, mask and brighten images, each example by its own random numbers.
+    r"""Shift, mirror, mask, brighten and mix images, each example by its own random numbers.
 
     With $u_1, \dots, u_6 \sim U(0, 1)$ drawn for (seed, example):
 
@@ -24,6 +24,12 @@ class Augment(Method):
       the square outside of the image is lost. DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552;
       they mask normalized images, so that their zero is the mean colour, while ours is black.
 
+    With `cutmix` that share of the images gets, in `mix`, a rectangle of another image of the set, and its label as
+    far as the rectangle reaches: with $\lambda \sim U(0, 1)$ it has $\sqrt{1 - \lambda}$ of each side of the image, its
+    centre on a random pixel, and the part of it outside of the image is lost. Yun et al., 2019,
+    https://arxiv.org/abs/1905.04899, section 3.1; deviation: the other image comes from the whole set, not from the
+    batch, so that the batch does not matter.
+
     The numbers do not depend on the place in the batch, on the batch size or on the other options, and they
     are the same on every device.
 
@@ -32,6 +38,7 @@ class Augment(Method):
         flip: Mirror half of the images?
         cutout: Side of the masked square in pixels, 0 or more.
         brightness: Largest relative change of brightness, in [0, 1].
+        cutmix: Share of the images that get a part of another one, in [0, 1]; `None` for none.
 
     Raises:
         InputError: if an option or a shape is out of range.
@@ -48,6 +55,7 @@ class Augment(Method):
     flip: bool = False
     cutout: int = 0
     brightness: float = 0.0
+    cutmix: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
@@ -59,6 +67,8 @@ class Augment(Method):
         number = isinstance(self.brightness, (int, float)) and not isinstance(self.brightness, bool)
         if not (number and 0 <= self.brightness <= 1):
             raise InputError(f"expected brightness in [0, 1], got {self.brightness!r}")
+        if self.cutmix is not None and not 0 <= self.cutmix <= 1:
+            raise InputError(f"expected cutmix, a share of the images, in [0, 1], got {self.cutmix!r}")
 
     def __call__(
         self,
@@ -83,6 +93,37 @@ class Augment(Method):
         if self.cutout:
             images = images.masked_fill(self._mask(images, noise[:, 3], noise[:, 4]), 0)
         return images
+
+    def partners(self, examples: Int[Tensor, "images"], seed: int) -> Int[Tensor, "images"]:
+        """Return for every image of a set the position of the one that `mix` takes a part of.
+
+        Args:
+            examples: Identity of each image of the set.
+            seed: As in the call.
+        """
+        return _integer(rng.uniform(seed, examples, 1, address="partner")[:, 0], len(examples))[:, 0]
+
+    def mix(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        others: Float[Tensor, "batch channels height width"],
+        examples: Int[Tensor, "batch"],
+        seed: int,
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch"]]:
+        """Return the images with rectangles of the others, and the share of each that is its own.
+
+        Args:
+            images: Images in [0, 1].
+            others: As many, of `partners`.
+            examples: Identity of each of `images`.
+            seed: As in the call.
+        """
+        self._check(images, examples)
+        height, width = images.shape[2:]
+        chosen, part, down, right = rng.uniform(seed, examples.to(images.device), 4, address="cutmix").unbind(1)
+        side = part.sqrt() * (chosen < (self.cutmix or 0.0))  # 1 - lambda is as uniform as lambda
+        inside = _cut(images, height, side, down)[:, :, None] & _cut(images, width, side, right)[:, None, :]
+        return torch.where(inside[:, None], others, images), 1 - inside.flatten(1).float().mean(1)
 
     def _check(self, images: Tensor, examples: Tensor) -> None:
         if images.ndim != 4 or not images.is_floating_point():
@@ -132,9 +173,16 @@ def _axis(images: Tensor, size: int) -> Int[Tensor, "1 size"]:
     return torch.arange(size, device=images.device)[None]
 
 
+def _cut(
+    images: Tensor, size: int, side: Float[Tensor, "batch"], place: Float[Tensor, "batch"]
+) -> Bool[Tensor, "batch size"]:
+    length = (side * size).long()[:, None]
+    return _within(_axis(images, size) - (_integer(place, size) - length // 2), length)
+
+
 def _integer(noise: Float[Tensor, "batch"], count: int) -> Int[Tensor, "batch 1"]:
     return (noise * count).long().clamp(max=count - 1)[:, None]
 
 
-def _within(position: Int[Tensor, "batch size"], size: int) -> Bool[Tensor, "batch size"]:
+def _within(position: Int[Tensor, "batch size"], size: int | Int[Tensor, "batch 1"]) -> Bool[Tensor, "batch size"]:
     return (position >= 0) & (position < size)

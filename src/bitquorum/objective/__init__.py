@@ -4,7 +4,7 @@ from bitquorum.objective.certified import IntervalBound
 from bitquorum.objective.distill import DVERGE
 from bitquorum.objective.diversity import ConditionalMI, FeatureMI, OutputMI
 from bitquorum.objective.layerwise import PARL
-from bitquorum.objective.likelihood import EnsembleCrossEntropy, MemberCrossEntropy
+from bitquorum.objective.likelihood import Distillation, EnsembleCrossEntropy, MemberCrossEntropy
 from bitquorum.objective.peers import ADP, GAL, TRS, Orthogonality
 from bitquorum.objective.robustness import Adversarial, InputGradient, Trades
 from bitquorum.objective.sum import Objective
@@ -18,6 +18,7 @@ __all__ = [
     "TRS",
     "Adversarial",
     "ConditionalMI",
+    "Distillation",
     "EnsembleCrossEntropy",
     "FeatureMI",
     "InputGradient",

@@ -109,17 +109,15 @@ class InputGradient(Term):
         if self.of == "ensemble":
             logp = torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
             logits = [logp]
-        losses = [view_loss(z, step.labels, "margin") if self.loss else _cross_entropy(z, step.labels) for z in logits]
+        losses = [
+            view_loss(z, step.labels, "margin") if self.loss else step.cross_entropy(z[:, None])[:, 0] for z in logits
+        ]
         return [loss.mean(0) for loss in losses]
 
     def _size(self, flat: Float[Tensor, "batch pixels"]) -> Float[Tensor, ""]:
         if self.norm == "l1":
             return flat.abs().sum(1).mean()
         return (flat.square().sum(1) + 1e-12).sqrt().mean()
-
-
-def _cross_entropy(logits: Float[Tensor, "draw batch classes"], labels: Tensor) -> Float[Tensor, "draw batch"]:
-    return cross_entropy(logits[:, None], labels)[:, 0]
 
 
 @final

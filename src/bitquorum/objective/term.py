@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -29,6 +28,8 @@ class Step:
         seed: Of this step's draws.
         memory: Tensors that terms keep from step to step (moving joints); part of the checkpoint.
         reduce: Average of a tensor over the processes.
+        mixed: Where images hold a part of another one (`Augment.mix`): the label of that, and the share that is the
+            image's own. The terms that fit labels know of it; attacks and mutual information take `labels` alone.
     """
 
     ensemble: Ensemble
@@ -39,6 +40,7 @@ class Step:
     seed: int
     memory: MutableMapping[str, Tensor]
     reduce: "Reduce"
+    mixed: tuple[Int[Tensor, "batch"], Float[Tensor, "batch"]] | None = None
 
     @cached_property
     def outputs(self) -> Outputs:
@@ -54,7 +56,17 @@ class Step:
     @cached_property
     def member_losses(self) -> list[Float[Tensor, "batch"]]:
         """Cross-entropy of each member on each example, in nats, averaged over draws; see `Outputs.parts`."""
-        return [cross_entropy(kernels.wide(part)[:, None], self.labels).mean((0, 1)) for part in self.outputs.parts]
+        return [self.cross_entropy(kernels.wide(part)[:, None]).mean((0, 1)) for part in self.outputs.parts]
+
+    def cross_entropy(
+        self, logits: Float[Tensor, "draw member batch classes"], smoothing: float = 0.0
+    ) -> Float[Tensor, "draw member batch"]:
+        """Return the cross-entropy with the labels of the batch, where images are mixed with those of both parts."""
+        loss = cross_entropy(logits, self.labels, smoothing)
+        if self.mixed is None:
+            return loss
+        others, share = self.mixed
+        return share * loss + (1 - share) * cross_entropy(logits, others, smoothing)
 
     def respond(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of other images under the draw of this step."""
@@ -127,11 +139,3 @@ def cross_entropy(
     logp = logits.log_softmax(-1)
     true = logp.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
     return -(1 - smoothing) * true - smoothing * logp.mean(-1)
-
-
-def mean_probability_cross_entropy(
-    logits: Float[Tensor, "draw member batch classes"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, "draw batch"]:
-    """Return the cross-entropy of the members' mean probability for every draw and example, in nats."""
-    logp = logits.log_softmax(-1).logsumexp(1) - torch.log(torch.tensor(float(logits.shape[1])))
-    return -logp.gather(-1, labels.expand(logp.shape[:-1])[..., None])[..., 0]
