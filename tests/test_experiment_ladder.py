@@ -25,7 +25,7 @@ from bitquorum.experiment import (
     verdicts,
 )
 from bitquorum.experiment import ladder as module
-from bitquorum.files import load_tensors
+from bitquorum.files import load_tensors, read_jsonl
 from bitquorum.interface import ConfigError, DataError, Listener
 from bitquorum.report import bracket, rungs
 from bitquorum.store import Run
@@ -232,6 +232,10 @@ def test_a_second_opinion_is_judged_on_our_draws(copied: Run, monkeypatch: pytes
     assert all(row["value"] == clean[row["arm"]] and row["claimed"] == 0.125 for row in opinions)
     assert climb_run(copied, LADDER, also=["autoattack-rand"]) == rows
     assert any("autoattack-rand 9.9" in cell for row in bracket(rows).rows for cell in row)
+    for arm in clean:
+        taken = read_jsonl(module.ladder_folder(copied, LADDER) / arm / "seconds.jsonl")
+        assert [row["seconds"] for row in taken if row.get("peer") == "autoattack-rand 9.9"] == [1.0, 1.0]
+        assert {row["arm"] for row in taken if "rung" in row} <= {arm}
 
 
 def test_an_unknown_peer_is_named_before_any_work(copied: Run):

@@ -19,6 +19,7 @@ from bitquorum.report import (
     bracket,
     comparison,
     detectors,
+    ladder_seconds,
     museum_table,
     peer_seconds,
     peer_table,
@@ -35,13 +36,15 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|rungs|museum|peers|seconds|plane|detectors|rejections|bench|costs|times): (\S+) -->\n"
+    r"<!-- (results|ladder|climb-seconds|rungs|museum|peers|seconds|plane|detectors|rejections|bench|costs|times): "
+    r"(\S+) -->\n"
     r"(.*?)<!-- end -->",
     re.S,
 )
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
+    "climb-seconds": ("ladders/*/*/seconds.jsonl", ladder_seconds),
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
     "museum": ("metrics.jsonl", museum_table),
     "peers": ("metrics.jsonl", peer_table),

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 import bitquorum
-from bitquorum.report import Table, bracket, comparison, environments, museum_table, peer_seconds, peer_table, rungs
+from bitquorum.report import (
+    Table,
+    bracket,
+    comparison,
+    environments,
+    ladder_seconds,
+    museum_table,
+    peer_seconds,
+    peer_table,
+    rungs,
+)
 from bitquorum.report.tables import epsilon_label
 
 
@@ -218,3 +228,16 @@ def test_what_peers_took_is_a_multiple_of_what_the_ladder_took():
     assert table.header == ("exhibit", "ladder quick", "rand", "ce")
     assert table.rows == (("x", "2.0", "7.0 (3.5)", "fails"),)
     assert peer_seconds(museum) is None
+
+
+def test_seconds_of_a_ladder_beside_those_of_peers():
+    rows = [
+        {"arm": "plain", "epsilon": 0.1, "rung": "PGD", "seconds": 1.5},
+        {"arm": "plain", "epsilon": 0.1, "rung": "FGSM", "seconds": 0.5},
+        {"arm": "plain", "epsilon": 0.1, "peer": "rand 1", "seconds": 9.0},
+        {"arm": "plain", "epsilon": 0.1, "peer": "rand 1", "seconds": 8.0},  # asked again after a kill
+        {"arm": "noisy", "epsilon": 0.1, "rung": "PGD", "seconds": 4.0},
+    ]
+    table = ladder_seconds(rows)
+    assert table.header == ("arm", "ladder", "rand 1")
+    assert table.rows == (("plain", "2.0", "8.0 (4.0)"), ("noisy", "4.0", "-"))

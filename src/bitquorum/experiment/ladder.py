@@ -142,8 +142,8 @@ def climb_arm(
             nonlocal started
             _write(path, climb, examples)
             now = time.monotonic()
-            row = {"epsilon": climb.epsilon, "rung": climb.steps[-1].rung, "seconds": round(now - started, 1)}
-            append_jsonl(path.parent / "seconds.jsonl", [row])
+            row = {"arm": folder.name, "epsilon": climb.epsilon, "rung": climb.steps[-1].rung}
+            append_jsonl(folder / "seconds.jsonl", [{**row, "seconds": round(now - started, 1)}])
             started = now
 
         passes = ladder.passes(model, list(others))
@@ -191,7 +191,10 @@ def _ask(folder: Path, ladder: Ladder, model: Ensemble, examples: Examples, name
             "epsilon": epsilon,
             "claimed": opinion.claimed,
         }
-        atomic_write(path, json_row({**row, "seconds": round(opinion.seconds, 1)}))
+        seconds = {"seconds": round(opinion.seconds, 1)}
+        facts = {"arm": folder.name, "epsilon": epsilon, "peer": f"{name} {opinion.version}", **seconds}
+        append_jsonl(folder / "seconds.jsonl", [facts])
+        atomic_write(path, json_row({**row, **seconds}))
         listener.end()
 
 

@@ -4,7 +4,7 @@ from bitquorum.report.bench import bench_csv, bench_files, bench_table, bench_ta
 from bitquorum.report.benchmark import benchmark_table
 from bitquorum.report.certify import certificate_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
-from bitquorum.report.ladder import bracket, rungs
+from bitquorum.report.ladder import bracket, ladder_seconds, rungs
 from bitquorum.report.museum import museum_table, peer_seconds, peer_table
 from bitquorum.report.page import write_figures, write_page
 from bitquorum.report.plane import correlation_table, plane_table, profiles
@@ -25,6 +25,7 @@ __all__ = [
     "detectors",
     "environments",
     "epsilon_label",
+    "ladder_seconds",
     "museum_table",
     "peer_seconds",
     "peer_table",

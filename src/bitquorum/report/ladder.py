@@ -51,6 +51,24 @@ def rungs(rows: Sequence[dict[str, Any]], arm: str, epsilon: float) -> Table:
     return Table(header=header, rows=tuple(body), note=note)
 
 
+def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return what the ladder took with each arm and, in brackets as a multiple of it, each peer.
+
+    Args:
+        rows: Of `seconds.jsonl` of each arm: a rung, or a peer, each.
+    """
+    peers = list(dict.fromkeys(row["peer"] for row in rows if "peer" in row))
+    body = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        here = [row for row in rows if row["arm"] == arm]
+        ours = sum(row["seconds"] for row in here if "peer" not in row)
+        theirs = {row["peer"]: row["seconds"] for row in here if "peer" in row}
+        cells = (f"{theirs[peer]:.1f} ({theirs[peer] / ours:.1f})" if peer in theirs else "-" for peer in peers)
+        body.append((arm, f"{ours:.1f}", *cells))
+    note = "Seconds, one after the other in one run; in brackets as a multiple of the ladder's, without self-checks."
+    return Table(header=("arm", "ladder", *peers), rows=tuple(body), note=note)
+
+
 def _first(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})
 
