@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitquorum import capture
-from bitquorum.benchmark.timing import Sizes
+from bitquorum.benchmark.timing import Sizes, recorded
 from bitquorum.benchmark.training import training_step
 from bitquorum.capture import fits_capture
 from bitquorum.conversion import Policy
@@ -95,6 +95,24 @@ def test_the_benchmark_of_a_recorded_step_runs(monkeypatch: pytest.MonkeyPatch):
     step = training_step("recorded", sizes, SmoothRounding(), penalty=True, members=2, mode="eager", recorded=True)
     for _ in range(2):
         step.run()
+
+
+def test_a_recorded_contender_runs_plainly_once_and_is_then_replayed(monkeypatch: pytest.MonkeyPatch):
+    without_record(monkeypatch)
+    replays: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: _Stream())
+    calls: list[int] = []
+    run = recorded(lambda: calls.append(1))
+    run()
+    run()
+    assert len(calls) == 4
+    assert replays == ["replay"] * 2
 
 
 def without_record(monkeypatch: pytest.MonkeyPatch) -> None:

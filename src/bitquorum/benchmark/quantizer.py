@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import kernels, rng
-from bitquorum.benchmark.timing import Contender, Sizes, Workload, fastest, kept_bytes
+from bitquorum.benchmark.timing import Contender, Sizes, Workload, fastest, kept_bytes, recorded
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer, SmoothRounding
 
 _HIGH = 3.0
@@ -20,6 +20,8 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
     - `forward`: without gradients.
     - `backward`: forward, then the gradient with respect to the input.
     - `double`: forward, the gradient with a graph, and the gradient of that, as an input-gradient penalty needs it.
+
+    On CUDA each comes again as a CUDA graph, without peers: what the kernels take where the host is not waited for.
     """
     generator = torch.Generator().manual_seed(0)
     # A twelfth lies outside of the range at either end.
@@ -38,6 +40,13 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
             for label, function in functions.items()
         )
         yield Workload(name=f"quantizer, {name}", contenders=contenders)
+        if torch.device(sizes.device).type == "cuda":
+            graphs = tuple(
+                Contender(name=label, run=recorded(partial(_pass, name, function, x, weight)))
+                for label, function in functions.items()
+                if label == "hardtanh" or (label.startswith("SQ ") and not label.endswith("plain"))
+            )
+            yield Workload(name=f"quantizer, {name}, recorded", contenders=graphs)
 
 
 def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor) -> None:

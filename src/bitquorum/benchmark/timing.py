@@ -137,6 +137,27 @@ def fastest(device: str) -> kernels.Mode:
     return "compiled" if kernels.compiler_available(torch.device(device).type) else "eager"
 
 
+def recorded(run: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that runs something as a CUDA graph, recorded at the first call after three plain runs."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        if not graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
+
+
 def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
     """Return the bytes that a forward pass keeps for the backward pass; equal memory counts once."""
     kept: dict[int, int] = {}
