@@ -23,6 +23,7 @@ SMALL = {
     "mnistconv": zoo.MNISTconv(width=4),
     "small": zoo.SmallResNet(widths=(4, 6, 8)),
     "small-strided": zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2),
+    "small-deep": zoo.SmallResNet(widths=(4, 6, 8), blocks=2),
     "small-none": zoo.SmallResNet(widths=(4, 4, 6), norm="none", activation="silu"),
     "resnet-cifar": zoo.ResNetCifar(depth=14, width=4),
     "resnet18": zoo.ResNet18(width=4, norm="group"),
@@ -192,6 +193,13 @@ def test_a_strided_stem_halves_every_side_and_keeps_the_weights():
     assert sides == [8, 4]
     with pytest.raises(InputError, match="expected stem_stride to be an integer of at least 1, got 0"):
         zoo.SmallResNet(stem_stride=0)
+
+
+def test_more_blocks_are_the_deeper_network_of_the_family():
+    deep = zoo.SmallResNet(widths=(4, 8, 16), blocks=2, activation="relu")
+    assert parameters(deep) == parameters(zoo.ResNetCifar(depth=14, width=4)) > parameters(zoo.ResNetCifar(depth=8, width=4))
+    with pytest.raises(InputError, match="expected blocks to be an integer of at least 1, got 0"):
+        zoo.SmallResNet(blocks=0)
 
 
 @pytest.mark.parametrize(

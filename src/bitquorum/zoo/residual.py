@@ -16,7 +16,7 @@ from bitquorum.zoo.network import ACTIVATIONS, NORMS, Network, check_choice, che
 @final
 @dataclass(frozen=True, kw_only=True)
 class SmallResNet(Network):
-    """Build a residual network of seven 3x3 convolutions: a stem and three stages of one `BasicBlock`.
+    """Build a residual network of seven 3x3 convolutions or more: a stem and three stages of `BasicBlock`s.
 
     The stages have strides 1, 2, 2; shortcuts are `PadShortcut`s, so there is no eighth convolution; then the
     mean over the image. The penultimate features are [batch, widths[2]]. It equals `ResNetCifar(depth=8)` but
@@ -32,6 +32,7 @@ class SmallResNet(Network):
         norm: One of `NORMS`; with `none` the convolutions have biases.
         stem_stride: Stride of the stem, `None` for 1. At 2 twice as wide a network has as many multiply-accumulates
             and half as many activations.
+        blocks: Blocks of each stage, `None` for 1; with n of them there are 6n + 1 convolutions.
 
     Raises:
         InputError: if a field is out of range.
@@ -45,6 +46,7 @@ class SmallResNet(Network):
     activation: str = "gelu"
     norm: str = "batch"
     stem_stride: int | None = None
+    blocks: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -56,15 +58,16 @@ class SmallResNet(Network):
             least = width
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("norm", self.norm, NORMS)
-        if self.stem_stride is not None:
-            check_count("stem_stride", self.stem_stride)
+        for name in ("stem_stride", "blocks"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
         return _basic(
             shape[0],
             self.widths,
             classes,
-            blocks=1,
+            blocks=self.blocks or 1,
             activation=self.activation,
             norm=self.norm,
             stem_stride=self.stem_stride or 1,
