@@ -94,21 +94,11 @@ def interval(correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images
     trials = single / variance if variance > 0 else float(images)
     trials = min(max(trials, 1.0), float(x.numel()))
     if shared:
-        z = _student(z, (draws - 1) * (variance / by_draw) ** 2)
+        from scipy.special import ndtr, stdtrit
+
+        z = float(stdtrit((draws - 1) * (variance / by_draw) ** 2, ndtr(z)))
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     edge = z * z / (images + z * z)  # what Wilson leaves open when no image, or every image, is right
     low, high = min(centre - half, 1 - edge), max(centre + half, edge)
     return Accuracy(value=p, low=max(0.0, low), high=min(1.0, high), images=images, draws=draws)
-
-
-def _student(z: float, degrees: float) -> float:
-    """Return Student's quantile for a normal one (Abramowitz and Stegun, 1964, eq. 26.7.5)."""
-    s = z * z
-    terms = (
-        (s + 1) / 4,
-        ((5 * s + 16) * s + 3) / 96,
-        (((3 * s + 19) * s + 17) * s - 15) / 384,
-        ((((79 * s + 776) * s + 1482) * s - 1920) * s - 945) / 92160,
-    )
-    return z * (1 + sum(term / degrees**power for power, term in enumerate(terms, start=1)))
