@@ -43,6 +43,7 @@ def difference(ours: Float[Tensor, "seeds images"], theirs: Float[Tensor, "seeds
         InputError: if the shapes differ or there are fewer than two images.
 
     Examples:
+        >>> import torch
         >>> ours = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
         >>> found = difference(ours, torch.zeros(1, 8))
         >>> found.value, round(found.low, 2), round(found.high, 2), round(found.p, 3)
