@@ -17,6 +17,7 @@ from bitquorum.report import (
     bench_tables,
     benchmark_table,
     bracket,
+    certificate_table,
     comparison,
     detectors,
     ladder_seconds,
@@ -36,8 +37,8 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|climb-seconds|rungs|museum|peers|seconds|plane|detectors|rejections|bench|costs|times): "
-    r"(\S+) -->\n"
+    r"<!-- (results|ladder|climb-seconds|rungs|certified|museum|peers|seconds|plane|detectors|rejections|bench|costs|"
+    r"times): (\S+) -->\n"
     r"(.*?)<!-- end -->",
     re.S,
 )
@@ -46,6 +47,7 @@ STORED = {
     "ladder": ("ladders/*/metrics.jsonl", bracket),
     "climb-seconds": ("ladders/*/*/seconds.jsonl", ladder_seconds),
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
+    "certified": ("certificates/*/metrics.jsonl", certificate_table),
     "museum": ("metrics.jsonl", museum_table),
     "peers": ("metrics.jsonl", peer_table),
     "seconds": ("metrics.jsonl", peer_seconds),

@@ -21,8 +21,9 @@ class IntervalBound(Term):
 
     $m_j \le z_y - z_j$ are interval bounds, $m_y = 0$. Reference: Gowal et al., 2018, IBP,
     https://arxiv.org/abs/1810.12715, with their linear growth of the radius; their share kappa of the clean loss is the
-    weight beside `MemberCrossEntropy`. For deterministic quantizers: Lechner et al., 2022,
-    https://arxiv.org/abs/2211.16187.
+    weight beside `MemberCrossEntropy`, and `warmup` is how 1 - kappa grows. Without it a network of new weights, whose
+    bounds are loose at any radius, may lose all of them before it learns. For deterministic quantizers: Lechner et al.,
+    2022, https://arxiv.org/abs/2211.16187.
 
     Quantizers take part with the noise of the step's draw, the same at both ends of an interval: the network of that
     draw is bounded exactly as it is certified by `fresh`, and gradients at the ends are those of the quantizers
