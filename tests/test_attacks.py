@@ -576,6 +576,7 @@ def test_labels_tell_attacks_apart_by_every_choice():
         PGD(surrogate=Surrogate(backward="gumbel", temperature=0.3)),
         PGD(step_size=0.1),
         PGD(momentum=0.9),
+        PGD(random_start=False),
         PGD(restarts=2),
         PGD(eot=2),
         FGSM(),

@@ -11,11 +11,21 @@ from bitquorum import rng
 from bitquorum.bounds import SMALLEST, Bound, Scope, Validity, ball, margins, output, propagate
 from bitquorum.bounds.activations import SHAPES
 from bitquorum.bounds.nodes import Box, Elementwise
+from bitquorum.bounds.quantizers import _NOISE_SLACK
 from bitquorum.conversion import Conversion, Policy, calibrate, convert, is_stochastic
 from bitquorum.dorefa import Dorefa, Pact
 from bitquorum.interface import InputError
 from bitquorum.layers import QuantActivation, QuantLayer
-from bitquorum.quantizers import Deterministic, Gaussian, Law, Logistic, Quantizer, StochasticRounding, twin
+from bitquorum.quantizers import (
+    Deterministic,
+    Gaussian,
+    Law,
+    Logistic,
+    Quantizer,
+    SmoothRounding,
+    StochasticRounding,
+    twin,
+)
 from bitquorum.randomized import ActivationPruning, GaussianControl, LayerNoise, RandomPrecision, WeightNoise
 from bitquorum.zoo import (
     CIFARconv,
@@ -35,6 +45,7 @@ LAWS: dict[str, Law] = {
     "rounding": StochasticRounding(),
     "logistic": Logistic(),
     "gaussian": Gaussian(),
+    "smooth-rounding": SmoothRounding(),
 }
 
 
@@ -125,7 +136,8 @@ def test_no_point_of_the_ball_leaves_the_bounds_of_any_network(name: str):
     builder, side = NETWORKS[name]
     images = torch.rand(3, 1, side, side)
     check_sound(build(builder, side, None, images), images)
-    law = list(LAWS.values())[1:][list(NETWORKS).index(name) % 3]
+    noisy = list(LAWS.values())[1:]
+    law = noisy[list(NETWORKS).index(name) % len(noisy)]
     policy = Policy(weight_bits=4, activation_bits=3, weight_law=law, activation_law=law, image_bits=6)
     check_sound(build(builder, side, policy, images), images)
 
@@ -135,7 +147,9 @@ def test_no_point_of_the_ball_leaves_the_bounds_of_any_network(name: str):
 def test_no_point_leaves_the_bounds_of_any_law(law: str, bits: int):
     images = torch.rand(3, 1, 6, 6)
     policy = Policy(weight_bits=bits, activation_bits=bits, weight_law=LAWS[law], activation_law=LAWS[law])
-    check_sound(build(SmallResNet(widths=(2, 3, 4)), 6, policy, images), images)
+    network = build(SmallResNet(widths=(2, 3, 4)), 6, policy, images)
+    check_sound(network, images)
+    check_sound(network, images, epsilon=0.0, count=2)  # nothing is loose there but the allowance for rounding
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS, ids=lambda conversion: type(conversion).__name__)
@@ -181,6 +195,12 @@ def test_ranges_of_activations_are_exact_and_their_lines_hold(kind: type[nn.Modu
     assert torch.allclose(node.upper, y.amax(0), atol=2e-3)
 
 
+def test_an_activation_may_turn_where_it_has_a_kink():
+    low, high = torch.full((1, 1), -1.0), torch.full((1, 1), 1.0)
+    node = propagate(nn.ELU(alpha=-1.0), Box(lower=low, upper=high), EXACT)
+    assert float(node.lower) == 0
+
+
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("grid", ["one-sided", "two-sided", "symmetric"])
 def test_bounds_of_a_quantizer_are_exact_and_its_lines_hold(law: str, grid: str):
@@ -199,6 +219,50 @@ def test_bounds_of_a_quantizer_are_exact_and_its_lines_hold(law: str, grid: str)
         seen.append(y)
     assert torch.equal(node.lower, torch.cat(seen).amin(0))
     assert torch.equal(node.upper, torch.cat(seen).amax(0))
+
+
+def test_lines_of_a_quantizer_touch_its_staircase():
+    quantizer = Quantizer(3, grid="two-sided", low=-1.0, high=2.0, law=SmoothRounding(), learned=False)
+    low = torch.rand(300, 2, dtype=torch.float64) * 6 - 3
+    high = low + torch.rand(300, 2, dtype=torch.float64).square() * 3
+    node = propagate(quantizer, Box(lower=low, upper=high), EXACT)
+    assert isinstance(node, Elementwise)
+    lines = node.lines()
+    x = low + (high - low) * torch.linspace(0, 1, 65, dtype=torch.float64)[:, None, None]
+    least, most = (quantizer(x, noise=torch.full_like(x, u)) for u in (SMALLEST, 1 - SMALLEST))
+    below = (least - x * lines.slope_below - lines.offset_below).amin(0)
+    above = (x * lines.slope_above + lines.offset_above - most).amin(0)
+    assert (torch.maximum(below, above) <= (high - low) / 64 + 1e-9).all()  # a corner may lie between two points
+    assert (lines.slope_below > 0).any()
+
+
+def test_lines_allow_for_noise_that_errs_in_its_last_digits():
+    """At the edges of a staircase, where the kernels' noise may lie on the other side of a threshold."""
+    quantizer = Quantizer(4, grid="two-sided", low=-0.7, high=1.9, law=Deterministic(), learned=False)
+    levels = quantizer.levels().double()
+    error = 0.9 * _NOISE_SLACK * (levels[1] - levels[0])
+    x = ((levels[1:] + levels[:-1]) / 2).repeat(200)
+    node = propagate(quantizer, Box(lower=x - 0.3 * torch.rand_like(x), upper=x + 0.3 * torch.rand_like(x)), Scope())
+    assert isinstance(node, Elementwise)
+    lines = node.lines()
+    for shift in (-error, error):
+        point, y = x - shift / 2, quantizer(x + shift / 2)
+        assert (y >= point * lines.slope_below + lines.offset_below).all()
+        assert (y <= point * lines.slope_above + lines.offset_above).all()
+        assert (y >= node.lower).all()
+        assert (y <= node.upper).all()
+
+
+@pytest.mark.parametrize("policy", [None, Policy(weight_law=Deterministic(), activation_law=SmoothRounding())])
+def test_lines_are_tighter_than_intervals_alone(policy: Policy | None):
+    images, labels = torch.rand(6, 1, 6, 6), torch.arange(6) % 3
+    network = build(DigitsNet(width=4, activation="relu"), 6, policy, images)
+    with rng.draw(3, torch.arange(6)):
+        ibp, crown = (
+            margins(network, images.double(), labels, epsilon=1 / 255, bound=bound, scope=Scope(validity="fresh"))
+            for bound in BOUNDS
+        )
+    assert (crown > ibp + 1e-4).any()
 
 
 def test_the_smallest_uniform_number_is_that_of_the_kernels():
@@ -273,6 +337,7 @@ def test_modules_without_bounds_are_named():
         (nn.Sequential(nn.Flatten(), nn.Softmax(-1)), "Softmax"),
         (pruned, "Pruning"),
         (nn.Sequential(nn.GELU(approximate="tanh"), nn.Flatten()), "GELU without approximation"),
+        (nn.Sequential(nn.Softplus(threshold=1), nn.Flatten()), "Softplus of beta above 0 and a threshold of 20"),
         (nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten()), "running statistics"),
         (nn.Sequential(nn.ReLU()), r"logits \[batch, classes\]"),
     ):

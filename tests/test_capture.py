@@ -12,6 +12,7 @@ from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.objective import FeatureMI, InputGradient, MemberCrossEntropy, Objective, Reduce, Step
 from bitquorum.quantizers import Deterministic, SmoothRounding
+from bitquorum.randomized import RandomPrecision
 from bitquorum.train import Progress, Trainer
 from bitquorum.zoo import SmallResNet
 
@@ -46,6 +47,9 @@ def test_only_steps_that_are_the_same_kernels_are_recorded():
     assert not fits_capture(ensemble(), objective, torch.device("cpu"))
     noisy = Policy(weight_bits=4, activation_bits=4)
     assert not fits_capture(ensemble(noisy), objective, cuda), "noise of weights is keyed by the seed alone"
+    network = SmallResNet(widths=(4, 4, 8))(classes=3, shape=(3, 8, 8))
+    switched = Ensemble.build([network], [RandomPrecision()])
+    assert not fits_capture(switched, Objective(terms=(MemberCrossEntropy(),)), cuda), "so is the choice of a network"
     assert not fits_capture(ensemble(), Objective(terms=(*TERMS, FeatureMI())), cuda)
     assert not fits_capture(ensemble(), Objective(terms=(InputGradient(share=0.5),)), cuda)
 

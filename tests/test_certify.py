@@ -1,5 +1,7 @@
 """Test that certificates are never broken by an attack, rules of aggregation by logits; and the training for them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from bitquorum.data import ImageSet
 from bitquorum.ensemble import Aggregation, EmpirVote, Ensemble, MajorityVote, MeanLogits, MeanProbability
 from bitquorum.interface import InputError
 from bitquorum.objective import IntervalBound, MemberCrossEntropy, Objective, Reduce, Step
-from bitquorum.quantizers import Deterministic, Gaussian, Law, Logistic, StochasticRounding
+from bitquorum.quantizers import Deterministic, Gaussian, Law, Logistic, SmoothRounding, StochasticRounding
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet
 
@@ -21,6 +23,7 @@ LAWS: dict[str, Law] = {
     "rounding": StochasticRounding(),
     "logistic": Logistic(),
     "gaussian": Gaussian(),
+    "smooth-rounding": SmoothRounding(),
 }
 
 
@@ -221,12 +224,41 @@ def test_the_term_has_gradients_through_group_norm_from_the_first_step():
 
 
 def test_a_bad_term_is_refused():
-    for wrong in ({"epsilon": 0.0}, {"ramp": 2.0}):
-        with pytest.raises(InputError, match="expected"):
+    for wrong, words in (
+        ({"epsilon": 0.0}, r"expected epsilon in \(0, 1\]"),
+        ({"ramp": 2.0}, r"ramp in \[0, 1\]"),
+        ({"weight": float("inf")}, "expected a finite weight, got inf"),
+    ):
+        with pytest.raises(InputError, match=words):
             IntervalBound(**wrong)  # type: ignore[arg-type]
 
 
+def test_mixed_images_are_bounded_for_both_labels():
+    model, term = ensemble(SmoothRounding()), IntervalBound(epsilon=4 / 255)
+    plain = step(model, 1.0)
+    others, share = torch.arange(6).roll(1), torch.linspace(0, 1, 6)
+    mixed, swapped = replace(plain, mixed=(others, share)), replace(plain, labels=others)
+    own, other = (torch.stack([term(replace(part, **one(part, row))) for row in range(6)]) for part in (plain, swapped))
+    assert torch.allclose(term(mixed), (share * own + (1 - share) * other).mean(), atol=1e-5)
+
+
+def one(part: Step, row: int) -> dict[str, Tensor]:
+    """Return the fields of a step of one image."""
+    return {name: getattr(part, name)[row : row + 1] for name in ("images", "labels", "examples")}
+
+
+def test_a_member_that_says_no_number_may_vote_for_any_class():
+    bounds = torch.tensor([[0.0, 1.0, 1.0], [0.0, torch.nan, torch.nan], [0.0, torch.nan, torch.nan]])[None, :, None]
+    assert not bool(holds(MajorityVote(), bounds, torch.tensor([0])))
+
+
 def test_bad_fields_of_a_certification_are_refused():
-    for wrong in ({"epsilons": ()}, {"epsilons": (0.2, 0.1)}, {"draws": 0}, {"statements": ()}):
-        with pytest.raises(InputError, match="expected"):
+    for wrong, words in (
+        ({"epsilons": ()}, "increasing epsilons"),
+        ({"epsilons": (0.2, 0.1)}, "increasing epsilons"),
+        ({"epsilons": (0.2, 1.1)}, r"epsilons in \(0, 1\]"),
+        ({"draws": 0}, "at least one draw"),
+        ({"statements": ()}, "different statements"),
+    ):
+        with pytest.raises(InputError, match=words):
             Certify(**wrong)  # type: ignore[arg-type]

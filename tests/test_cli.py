@@ -17,6 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from bitquorum import cli, experiment
+from bitquorum.cli.shared import number
 from bitquorum.config import parse, presets, read
 from bitquorum.evaluate import Verdict
 from bitquorum.files import read_jsonl
@@ -261,9 +262,7 @@ def test_the_museum_prints_its_table_and_show_and_list_know_it(tmp_path: Path):
 
 
 def test_a_radius_is_a_decimal_number_or_a_fraction():
-    from bitquorum.cli.attacks import _number
-
-    assert (_number("0.3"), _number("5/255"), _number("many")) == (0.3, "5/255", "many")
+    assert (number("0.3"), number("5/255"), number("many")) == (0.3, "5/255", "many")
 
 
 @pytest.mark.long
@@ -327,12 +326,13 @@ def test_lists(tmp_path: Path):
 def test_an_unreadable_run_does_not_hide_the_others(runs: Path, tmp_path: Path):
     folder = tmp_path / "runs"
     Run.find(runs, "tiny").publish(folder / "tiny-000000000000")
-    for name, text in {"broken-1": "name = [", "older-2": 'name = "x"\nnovelty = 1\n'}.items():
+    older = {"older-2": 'name = "x"\nnovelty = 1\n', "older-3": 'type = "suite"\nnovelty = 1\n'}
+    for name, text in {"broken-1": "name = [", **older}.items():
         (folder / name).mkdir()
         (folder / name / "config.toml").write_text(text)
     text = call("list", "--runs", str(folder))
     assert "tiny-000000000000 digits 0 0 of 2 arms trained" in text
-    assert text.count("unreadable") == 2
+    assert text.count("unreadable") == 3
 
 
 def test_doctor_says_what_is_here(tmp_path: Path):

@@ -92,7 +92,7 @@ def cifar_source(url: str, content: dict[str, bytes], packed: bytes, *, sums: bo
     return replace(source, **fields)
 
 
-def idx_source(url: str) -> tuple[Source, dict[str, bytes]]:
+def idx_source(url: str, *, sums: bool = True) -> tuple[Source, dict[str, bytes]]:
     content = {
         "train-images": idx(pixels(6, 4, 4)),
         "train-labels": idx(np.arange(6, dtype=np.uint8)),
@@ -105,7 +105,7 @@ def idx_source(url: str) -> tuple[Source, dict[str, bytes]]:
             url=f"{url}/{name}.gz",
             size=len(packed[f"{name}.gz"]),
             md5=md5(packed[f"{name}.gz"]),
-            holds=(PublishedFile(name=name, size=len(data), md5=md5(data)),),
+            holds=(PublishedFile(name=name, size=len(data), md5=md5(data) if sums else None),),
         )
         for name, data in content.items()
     )
@@ -406,6 +406,20 @@ def test_read_source_concatenates_in_order(tmp_path):
     assert np.array_equal(data.images[3:].flatten(1).numpy(), pixels(5, 12))
 
 
+def test_files_of_another_data_set_are_passed_over_and_refused(tmp_path):
+    """Fashion-MNIST has the names and sizes of MNIST, and a folder that holds both is common."""
+    source, content = idx_source("")
+    content = {name.removesuffix(".gz"): gzip.decompress(data) for name, data in content.items()}
+    other = {name: bytes(reversed(data)) if "images" in name else data for name, data in content.items()}
+    for folder, files in (("a-other", other), ("b-ours", content)):
+        (tmp_path / folder).mkdir()
+        for name, data in files.items():
+            (tmp_path / folder / name).write_bytes(data)
+    assert torch.equal(read_source(source, "train", tmp_path).images[:, 0], torch.from_numpy(pixels(6, 4, 4)))
+    with pytest.raises(DataError, match=r"train-images: expected MD5 \w+, got \w+: a damaged file, or that of another"):
+        read_source(source, "train", tmp_path / "a-other")
+
+
 def test_labels_without_a_class_are_refused(tmp_path):
     for name, data in CIFAR_FILES.items():
         (tmp_path / name).write_bytes(data)
@@ -415,7 +429,7 @@ def test_labels_without_a_class_are_refused(tmp_path):
 
 
 def test_idx_images_and_labels_must_fit(tmp_path):
-    source, _ = idx_source("")
+    source, _ = idx_source("", sums=False)
     images, labels = tmp_path / "train-images", tmp_path / "train-labels"
     labels.write_bytes(idx(np.arange(6, dtype=np.uint8)))
     images.write_bytes(idx(pixels(6, 2, 8)))

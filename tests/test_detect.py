@@ -318,9 +318,9 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends_and_area():
 
 
 def test_delong_by_hand():
-    """Scores 1, 3, 4 against 0, 1, 2: shares beaten 1/2, 1, 1 and 0, 1/6, 1/3."""
-    area = auroc(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 4.0]))
-    variance = (1 / 12) / 3 + (1 / 36) / 3
+    """Scores 1, 3, 4 against 0, 1, 2, each of them twenty times: shares beaten 1/2, 1, 1 and 0, 1/6, 1/3."""
+    area = auroc(torch.tensor([0.0, 1.0, 2.0]).repeat(20), torch.tensor([1.0, 3.0, 4.0]).repeat(20))
+    variance = (1 / 18 + 1 / 54) / 59
     half = 1.959964 * math.sqrt(variance) / (5 / 6 * 1 / 6)
     assert area.value == pytest.approx(5 / 6)
     assert math.log(area.low / (1 - area.low)) == pytest.approx(math.log(5) - half)
@@ -344,6 +344,9 @@ def test_perfect_separation_of_few_scores_is_no_certainty():
     assert area.low == pytest.approx(20 / (20 + 1.959964**2))
     assert auroc(torch.ones(500), torch.zeros(20)).high == pytest.approx(1 - area.low)
     assert auroc(torch.zeros(500), torch.ones(20), repeats=5.0).low < area.low
+    nearly = auroc(torch.arange(200.0), torch.arange(190.0, 390.0), repeats=40.0)
+    assert nearly.value < 1
+    assert nearly.low > 0.5, "a logit so steep tells nothing: five trials do"
     constant = auroc(torch.zeros(50), torch.zeros(50))
     assert (constant.value, constant.low, constant.high) == (0.5, 0.5, 0.5)
 
@@ -455,7 +458,9 @@ def test_windows_have_rows_of_detection_alone():
     split.logits[:, 1] = split.logits[:, 1].flip(-1)[:, torch.randperm(100, generator=torch.Generator().manual_seed(0))]
     split.logits[:, 1] *= 2  # the second member decides
     found, curves = detect(detection, MeanProbability(), calibration, clean, [split])
-    assert [row["name"] for row in found] == ["detection"]
+    assert [row["name"] for row in found] == ["detection", *(["clean"] * len(DETECTION.false_positives))]
+    assert found[1]["rejected_low"] <= found[1]["rejected"] <= found[1]["rejected_high"]
+    assert found[1]["accepted_right"] is None
     assert found[0]["auroc"] > 0.95
     assert found[0]["auroc_low"] <= 5 / (5 + 1.959964**2)  # five windows of 20 stand apart
     assert sum(curves[0]["clean_counts"]) == 60

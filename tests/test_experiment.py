@@ -422,6 +422,15 @@ def test_publishing_never_removes_files_of_another_kind(names: tuple[str, ...], 
     assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 
+def test_publishing_onto_the_run_itself_is_refused(finished: Run, tmp_path: Path):
+    finished.publish(tmp_path / "results" / "tiny")
+    published = Run(path=tmp_path / "results" / "tiny")
+    for target in (published.path, tmp_path / "results" / ".." / "results" / "tiny", tmp_path / "results"):
+        with pytest.raises(InputError, match="expected a folder outside of the run"):
+            published.publish(target)
+    assert results(published) == results(finished)
+
+
 def test_a_locked_run_is_left_alone(copied: Run):
     (copied.path / "arms" / "sq" / "weights.safetensors").unlink()
     before = contents(copied)

@@ -1,6 +1,7 @@
 """Test that a stored run is certified arm by arm, resumes, and is printed beside what attacks left."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bitquorum.certify import Certify
 from bitquorum.config import Experiment, parse
 from bitquorum.experiment import certify as module
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
-from bitquorum.interface import DataError, Listener
+from bitquorum.interface import ConfigError, DataError, Listener
 from bitquorum.report import certificate_table
 from bitquorum.store import Run
 
@@ -155,3 +156,21 @@ def test_the_command_prints_the_table(run: Run):
     shown = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(cli.app, ["show", str(run.path)])
     assert "20 test images by ibp" in " ".join(shown.output.split())
     assert experiment.attacked_epsilons(run) == [4 / 255, 24 / 255]
+
+
+def test_the_command_takes_decimal_radii_and_names_what_is_none(run: Run):
+    arguments = ["certify", str(run.path), "--device", "cpu", "--set", "examples=20", "--set", "bound=ibp"]
+    result = CliRunner().invoke(cli.app, [*arguments, "--epsilon", "0.01"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "0.01" in result.output
+    with pytest.raises(ConfigError, match="got 'wide'"):
+        CliRunner().invoke(cli.app, [*arguments, "--epsilon", "wide"], catch_exceptions=False)
+
+
+def test_a_cut_config_of_a_certification_is_named(run: Run, tmp_path: Path):
+    copy = Run(path=tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    for path in copy.path.glob("certificates/*/certify.toml"):
+        path.write_text("epsilons = [0.1,")
+    with pytest.raises(DataError, match=r"expected a TOML file at .*certify\.toml"):
+        experiment.certificates(copy)

@@ -16,9 +16,12 @@ from bitquorum.detect import Detection, Evasive, MaxSoftmax, PointwiseMI, Predic
 from bitquorum.evaluate import Ladder, SequentialTest
 from bitquorum.experiment import detect as detect_module
 from bitquorum.experiment import plane as plane_module
+from bitquorum.experiment import threats
+from bitquorum.experiment.ladder import ladder_folder
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import DataError, Listener
 from bitquorum.plane import Plane
+from bitquorum.registry import digest, encode, to_toml
 from bitquorum.report import (
     correlation_table,
     detection_table,
@@ -129,6 +132,25 @@ def test_every_threat_of_an_arm_is_a_point(laid: tuple[Plane, list[dict[str, Any
     assert all(row["pair_mi"] is None for row in rows if row["arm"] == "plain")
     kinds = {row["threat"]: row["kind"] for row in rows}
     assert (kinds["FGSM"], kinds["from plain: EOT-PGD-4x2"], kinds["blur"]) == ("white-box", "transfer", "corruption")
+
+
+def test_ladders_of_one_name_are_told_apart(copied: Run, config: Experiment):
+    (ladder,) = experiment.ladders(copied)
+    other = replace(ladder, seed=ladder.seed + 1)
+    folder = ladder_folder(copied, other)
+    shutil.copytree(ladder_folder(copied, ladder), folder)
+    (folder / "ladder.toml").write_text(to_toml(encode(other)))
+    test = threats.evaluated_images(copied, threats.chosen_evaluation(copied), None)
+    found = threats.ladder_worst(copied, config.arms[-1], test, [digest(ladder), digest(other)])
+    assert {threat.label for threat in found} == {f"ladder tiny {digest(kind)}: worst" for kind in (ladder, other)}
+    assert len({threat.file for threat in found}) == len(found)
+    (folder / "ladder.toml").write_text(to_toml(encode(replace(other, norm="l2"))))
+    both = [digest(kind) for kind in experiment.ladders(copied)]
+    assert len(both) == 2
+    assert len(threats.ladder_worst(copied, config.arms[-1], test, both)) == len(found) // 2
+    (folder / "ladder.toml").write_text(to_toml(encode(other)))
+    alone = threats.ladder_worst(copied, config.arms[-1], test, [digest(other)])
+    assert {threat.label for threat in alone} == {"ladder tiny: worst"}
 
 
 def test_points_agree_with_the_evaluation_that_made_the_images(

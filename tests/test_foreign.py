@@ -93,6 +93,18 @@ def test_what_a_model_is_is_found_by_asking_it(
         assert torch.equal(model.predict(logits)[0], output_of(module(IMAGES)).argmax(-1))
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_choice_among_few_networks_is_noise(count: int):
+    """Two calls after one seed often fall the same way."""
+    model = wrap(Around(lambda net, x: net(random.choice([x, *((k + 1) * x for k in range(1, count))]))).eval(), IMAGES)
+    assert isinstance(model, Wrapped)
+    assert model.stochastic
+    assert [finding.name for finding in model.findings] == ["random"]
+    with rng.draw(list(range(16))):
+        draws = model(IMAGES)
+    assert any(not torch.equal(draws[0], draw) for draw in draws)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

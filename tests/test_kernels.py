@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from bitquorum import kernels, rng
+from bitquorum.conversion import Policy
 from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
 from bitquorum.kernels import choice, layout, noise
 from bitquorum.layers import QuantLayer
@@ -308,6 +309,46 @@ def test_a_failing_compiler_leaves_the_results_right(monkeypatch):
     with pytest.warns(NoEffectWarning, match=r"the compiler failed \(no space left\)"):
         assert torch.equal(kernels.draw(keys, z, law="logistic", top=15, scale=0.25), expected)
     kernels.slope(z, law="logistic", top=15, scale=0.25)  # neither tries nor warns again
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_leaves_the_gradients_right(monkeypatch):
+    """Forward kernels were compiled, then the disk was full; all kernels here run plainly, as if compiled."""
+    failing = False
+
+    def run(kernel, constants):
+        def kernel_or_failure(*tensors):
+            if failing:
+                raise TorchDynamoException("no space left")
+            return kernel(*tensors, **dict(constants))
+
+        return kernel_or_failure
+
+    monkeypatch.setattr(choice, "compiler_available", lambda device="cpu": device == "cpu")
+    monkeypatch.setattr(choice, "_compile", run)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), BatchNorm(3), nn.GELU(), nn.Conv2d(3, 2, 3))
+    policy = Policy(weight_bits=4, activation_bits=4, weight_law=Deterministic(), activation_law=SmoothRounding())
+    quantized = policy(network).to(memory_format=torch.channels_last)
+    x = torch.rand(4, 2, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def gradients(fails: bool) -> list[torch.Tensor]:
+        nonlocal failing
+        failing, choice._State.failed = False, frozenset()
+        leaf = x.clone().requires_grad_()
+        with kernels.use("compiled"), rng.draw(1):
+            loss = quantized(leaf).square().sum()
+            failing = fails
+            (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            first.abs().sum().backward()
+        found = [parameter.grad for parameter in quantized.parameters() if parameter.grad is not None]
+        quantized.zero_grad(set_to_none=True)
+        return [first.detach(), *found]
+
+    expected = gradients(fails=False)
+    assert len(expected) > 5
+    with pytest.warns(NoEffectWarning, match="the compiler failed"):
+        found = gradients(fails=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # running means moved, by which sums are shifted
 
 
 def test_compiled_code_takes_float32_on_known_devices_alone(monkeypatch):

@@ -102,6 +102,7 @@ def store_ladder(run: Run, arms: list[str], *, failed: str | None = None, reason
             row |= {"broke": broke, "worst_by": broke, "forward": 20, "backward": 20, "largest_perturbation": 0.03}
             rows.append({**row, **value(mean)})
             append_jsonl(folder / arm / "seconds.jsonl", [{"epsilon": 8 / 255, "rung": attack, "seconds": 1.5}])
+        append_jsonl(folder / arm / "seconds.jsonl", [{"epsilon": 8 / 255, "peer": "other 1.0", "seconds": 70.0}])
         verdicts = [
             {"arm": arm, "epsilon": 8 / 255, "name": name, "passed": (arm, name) != (failed, "effort"), "facts": {}}
             for name in ("gradients", "effort")

@@ -61,6 +61,7 @@ SHOWN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "plain": lambda layer, x: layer(x),
     "indexed by a mask": assigned,
     "masked_fill": lambda layer, x: layer(x.masked_fill(x < 0.3, 0.0)),
+    "infinity": lambda layer, x: layer(torch.where(x > 0.3, x, -torch.inf).softmax(-1)),
     "median": lambda layer, x: torch.stack([layer(x), layer(2 * x), layer(3 * x)]).median(0).values,
     "kthvalue": lambda layer, x: layer(x) * (layer(x) >= layer(x).kthvalue(3, dim=-1, keepdim=True).values),
 }

@@ -237,7 +237,11 @@ def test_seconds_of_a_ladder_beside_those_of_peers():
         {"arm": "plain", "epsilon": 0.1, "peer": "rand 1", "seconds": 9.0},
         {"arm": "plain", "epsilon": 0.1, "peer": "rand 1", "seconds": 8.0},  # asked again after a kill
         {"arm": "noisy", "epsilon": 0.1, "rung": "PGD", "seconds": 4.0},
+        {"arm": "twice", "epsilon": 0.1, "rung": "PGD", "seconds": 1.0},
+        {"arm": "twice", "epsilon": 0.2, "rung": "PGD", "seconds": 1.0},
+        {"arm": "twice", "epsilon": 0.1, "peer": "rand 1", "seconds": 3.0},
+        {"arm": "twice", "epsilon": 0.2, "peer": "rand 1", "seconds": 5.0},
     ]
     table = ladder_seconds(rows)
     assert table.header == ("arm", "ladder", "rand 1")
-    assert table.rows == (("plain", "2.0", "8.0 (4.0)"), ("noisy", "4.0", "-"))
+    assert table.rows == (("plain", "2.0", "8.0 (4.0)"), ("noisy", "4.0", "-"), ("twice", "2.0", "8.0 (4.0)"))

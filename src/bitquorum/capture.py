@@ -13,6 +13,7 @@ from torch import Tensor
 from bitquorum.ensemble import Ensemble
 from bitquorum.layers import QuantLayer
 from bitquorum.objective import Objective
+from bitquorum.randomized import RandomSwitch
 
 WARMUP = 3
 """Steps that run plainly before the record: kernels compile, and caches fill, outside of it."""
@@ -22,12 +23,16 @@ Body = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Values]]
 
 
 def fits_capture(ensemble: Ensemble, objective: Objective, device: torch.device) -> bool:
-    """Return whether a step is the same kernels each time: on CUDA, with terms that say so and weights without noise.
+    """Return whether a step is the same kernels each time: on CUDA, with terms that say so, and nothing else by chance.
 
-    Noise of weights is keyed by the seed alone, which a record holds fixed.
+    Noise of weights, and the choice of one network among several, are keyed by the seed alone, which a record holds
+    fixed.
     """
-    noisy = any(module.quantizer.stochastic for module in ensemble.modules() if isinstance(module, QuantLayer))
-    return device.type == "cuda" and not noisy and all(term.capturable for term in objective.terms)
+    fixed = any(
+        isinstance(module, RandomSwitch) or (isinstance(module, QuantLayer) and module.quantizer.stochastic)
+        for module in ensemble.modules()
+    )
+    return device.type == "cuda" and not fixed and all(term.capturable for term in objective.terms)
 
 
 @final

@@ -21,6 +21,7 @@ from bitquorum.relax import relaxed
 Noise = Literal["none", "torch", "any"]
 
 _PROBE: Final = 16  # images that inspection looks at
+_CALLS: Final = 16  # that must agree
 _FLAT: Final = 0.5  # share of probed images without a gradient from which on attacks see relaxed derivatives
 
 
@@ -233,7 +234,8 @@ def _seedable(device: torch.device, noise: Noise) -> Iterator[Callable[[int], No
     """
     generators = [torch.default_generator]
     if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or torch.cuda.current_device()])
+        number = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[number])
     states = [generator.get_state() for generator in generators]
     others = (random.getstate(), np.random.get_state()) if noise == "any" else None
 
@@ -287,18 +289,23 @@ def _noise(model: nn.Module, images: Tensor) -> tuple[Noise, list[Finding]]:
     """Return whose noise, beside that of our quantizers, makes two calls differ, and what that means."""
     with rng.draw(0), _seedable(images.device, "any") as set_seed:
         set_seed(0)
-        free = [output_of(model(images)) for _ in range(2)]
-        by_torch = [_call(model, images, 1, "torch") for _ in range(2)]
-    if _same(*free):
-        return "none", []
-    if _same(*by_torch):
+        if _repeats(lambda: output_of(model(images))):
+            return "none", []
+        by_torch = _repeats(lambda: _call(model, images, 1, "torch"))
+    if by_torch:
         text = "two calls differ; each draw seeds torch's generator"
         return "torch", [Finding(name="random", text=text)]
-    if _same(_call(model, images, 1), _call(model, images, 1)):
+    if _repeats(lambda: _call(model, images, 1)):
         text = "two calls differ; each draw seeds the generators of torch, numpy and Python"
         return "any", [Finding(name="random", text=text)]
     text = "two calls differ, and no seed of torch, numpy or Python repeats them; results vary from run to run"
     return "any", [Finding(name="random", text="two calls differ"), Finding(name="unseeded", text=text)]
+
+
+def _repeats(call: Callable[[], Tensor]) -> bool:
+    """Return whether many calls agree: a choice of one among two networks falls the same way twice half of the time."""
+    first = call()
+    return all(_same(first, call()) for _ in range(_CALLS - 1))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

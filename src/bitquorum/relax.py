@@ -167,7 +167,9 @@ def _is_mask(value: Any) -> bool:
 def _where(mask: Any, one: Any, other: Any) -> Any:
     if not _is_mask(mask):
         return torch.where(mask, one, other)
-    return _with_gradient_of(torch.where(mask.detach().bool(), one, other), mask * one + (1 - mask) * other)
+    first, second = (torch.as_tensor(value).detach() + 0.0 for value in (one, other))
+    slope = (first - second).nan_to_num(0.0, 0.0, 0.0)  # of what is infinite there is none
+    return torch.where(mask.detach().bool(), one, other) + (mask - mask.detach()) * slope
 
 
 def _both(one: Any, other: Any) -> Tensor:
@@ -222,7 +224,7 @@ def _values(result: Any) -> Any:
 
 def _unsaturated(result: Tensor, x: Tensor, dim: int) -> Tensor:
     top = x.detach().topk(min(2, x.shape[dim]), dim).values
-    spread = (top.select(dim, 0) - top.select(dim, -1)).clamp(min=1.0).unsqueeze(dim)
+    spread = (top.select(dim, 0) - top.select(dim, -1)).nan_to_num(1.0, 1.0, 1.0).clamp(min=1.0).unsqueeze(dim)
     return _with_gradient_of(result, (x / spread).softmax(dim).to(result.dtype))
 
 

@@ -23,6 +23,7 @@ from bitquorum.environment import environment
 from bitquorum.files import atomic_write, json_row
 from bitquorum.interface import DataError, InputError
 from bitquorum.registry import digest, nearest, to_toml
+from bitquorum.toml import read_toml
 
 _PUBLISHED = (".toml", ".json", ".jsonl", ".md", ".csv", ".html")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -120,11 +121,7 @@ class Run:
         Raises:
             DataError: if it is missing or no TOML.
         """
-        path = self.path / "config.toml"
-        try:
-            return tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
+        return read_toml(self.path / "config.toml")
 
     @property
     def kind(self) -> str:
@@ -140,9 +137,11 @@ class Run:
         What an earlier run left there is removed.
 
         Raises:
-            InputError: if the folder holds something else than a published run.
+            InputError: if the folder holds something else than a published run, or is or holds this run itself.
         """
         target = Path(target)
+        if self.path.resolve().is_relative_to(target.resolve()):
+            raise InputError(f"expected a folder outside of the run, got {target}, which holds the run; choose another")
         if target.exists() and any(target.iterdir()):
             strange = any(p.is_file() and p.suffix not in _PUBLISHED for p in target.rglob("*"))
             if strange or not (target / "config.toml").is_file():

@@ -6,9 +6,10 @@ import difflib
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from bitquorum.interface import ConfigError
+from bitquorum.interface import ConfigError, DataError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
@@ -35,6 +36,18 @@ def to_toml(table: Mapping[str, Any]) -> str:
     """
     lines = _lines(table, "")
     return "\n".join(lines[1:] if lines[:1] == [""] else lines) + "\n" if lines else ""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table of a TOML file that a run holds.
+
+    Raises:
+        DataError: if it is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
 
 
 def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

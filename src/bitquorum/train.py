@@ -256,7 +256,7 @@ class _Training:
         progress = self.step / self.steps
         rate = self.trainer.lr_at(progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("ratio", 1.0)
+            group["lr"] = rate
         if self.captured is not None:
             images, labels, examples, *mixed = batch
             examples = examples + (self.step << 32)  # a record holds the seed fixed: the noise is keyed by both

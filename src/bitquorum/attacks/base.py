@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitquorum import kernels, rng
+from bitquorum.ensemble import Aggregation, MeanProbability
 from bitquorum.geometry import Norm, ascend, project, random_point
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -93,7 +94,9 @@ class Problem:
             if not loss.requires_grad:  # no path leads back to the image: an honest zero, which self-checks report
                 return torch.zeros_like(leaf), loss.detach()
             (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
-        return torch.zeros_like(leaf) if gradient is None else gradient, loss.detach()
+        if gradient is None:
+            return torch.zeros_like(leaf), loss.detach()
+        return gradient.nan_to_num(0.0, 0.0, 0.0), loss.detach()  # such as that of a root at a black pixel
 
     def loss(
         self, x: Float[Tensor, "batch *image"], criterion: Criterion, *, seeds: Sequence[int]
@@ -127,8 +130,14 @@ class Problem:
 
     @property
     def goal(self) -> Criterion:
-        """What is positive where the model errs, see `error_margin`; the caller's loss in its place."""
-        return self.criterion or partial(error_margin, labels=self.labels)
+        """What is positive where the model errs, see `error_margin`; the caller's loss in its place.
+
+        Of a model that aggregates otherwise than by the mean probability it is `error_share`.
+        """
+        aggregation = getattr(self.model, "aggregation", None)
+        if self.criterion or not isinstance(aggregation, Aggregation) or isinstance(aggregation, MeanProbability):
+            return self.criterion or partial(error_margin, labels=self.labels)
+        return partial(error_share, labels=self.labels, aggregation=aggregation)
 
     def best(
         self, candidates: Iterable[Float[Tensor, "batch *image"]], criterion: Criterion, *, draws: int
@@ -290,6 +299,26 @@ def error_margin(
     margin = view_loss(score[None], labels, "margin")[0]
     tie = (margin == 0) & (score.argmax(-1) != labels)
     return torch.where(tie, torch.finfo(margin.dtype).tiny, margin)
+
+
+def error_share(
+    logits: Float[Tensor, "draw member batch classes"], labels: Int[Tensor, "batch"], aggregation: Aggregation
+) -> Float[Tensor, "batch"]:
+    """Return the share of draws whose prediction errs less one half, plus what orders equal shares.
+
+    The latter grows with `error_margin` and is less than half a draw.
+
+    Examples:
+        >>> from bitquorum.ensemble import MajorityVote
+        >>> logits = torch.tensor([[[[9.0, 0.0]], [[0.0, 0.1]], [[0.0, 0.1]]]])
+        >>> float(error_margin(logits, torch.tensor([0]))) > 0  # the mean probability is right
+        False
+        >>> float(error_share(logits, torch.tensor([0]), MajorityVote())) > 0  # two of three vote for the other class
+        True
+    """
+    wrong = torch.stack([aggregation(draw[None]).argmax(-1) != labels for draw in logits])
+    margin = error_margin(logits, labels)
+    return wrong.to(margin.dtype).mean(0) - 0.5 + margin.tanh() / (2 * len(logits))
 
 
 def pooled_score(logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:

@@ -136,7 +136,8 @@ class PGD(GradientAttack):
         restarts = "" if self.restarts == 1 else f" r{self.restarts}"
         momentum = f" momentum={self.momentum:g}" if self.momentum else ""
         step = "" if self.step_size is None else f" step={self.step_size:g}"
-        return name + restarts + step + momentum + self._options()
+        start = "" if self.random_start else " clean start"
+        return name + restarts + step + momentum + start + self._options()
 
     def _run(self, problem: Problem) -> Float[Tensor, "batch *image"]:
         criterion = problem.criterion or self._criterion(problem.labels)

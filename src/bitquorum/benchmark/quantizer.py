@@ -18,7 +18,7 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
     """Yield three passes over one activation.
 
     - `forward`: without gradients.
-    - `backward`: forward, then the gradient with respect to the input.
+    - `backward`: forward, then the gradient with respect to the input, and to the range where that is learned.
     - `double`: forward, the gradient with a graph, and the gradient of that, as an input-gradient penalty needs it.
 
     On CUDA each comes again as a CUDA graph, without peers: what the kernels take where the host is not waited for.
@@ -29,12 +29,13 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
     weight = torch.randn(sizes.shape, generator=generator)
     x, weight = (tensor.to(sizes.device).requires_grad_() for tensor in (x, weight))
     functions = dict(_functions(sizes.bits, sizes.device))
+    learned = {label: tuple(f.parameters()) for label, f in functions.items() if isinstance(f, _Learned)}
     kept = {label: kept_bytes(partial(function, x)) for label, function in functions.items()}
     for name in ("forward", "backward", "double"):
         contenders = tuple(
             Contender(
                 name=label,
-                run=partial(_pass, name, function, x, weight),
+                run=partial(_pass, name, function, x, weight, learned.get(label, ())),
                 kept=None if name == "forward" else kept[label],
             )
             for label, function in functions.items()
@@ -42,19 +43,19 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
         yield Workload(name=f"quantizer, {name}", contenders=contenders)
         if torch.device(sizes.device).type == "cuda":
             graphs = tuple(
-                Contender(name=label, run=recorded(partial(_pass, name, function, x, weight)))
+                Contender(name=label, run=recorded(partial(_pass, name, function, x, weight, learned.get(label, ()))))
                 for label, function in functions.items()
                 if label == "hardtanh" or (label.startswith("SQ ") and not label.endswith("plain"))
             )
             yield Workload(name=f"quantizer, {name}, recorded", contenders=graphs)
 
 
-def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor) -> None:
+def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor, learned: tuple[Tensor, ...] = ()) -> None:
     if kind == "forward":
         with torch.no_grad():
             function(x)
         return
-    (gradient,) = torch.autograd.grad(function(x), x, weight, create_graph=kind == "double")
+    gradient, *_ = torch.autograd.grad(function(x), (x, *learned), weight, create_graph=kind == "double")
     if kind == "double":
         torch.autograd.grad(gradient, (x, weight), weight.detach(), allow_unused=True)
 
@@ -69,8 +70,7 @@ def _functions(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
         if compiled:
             yield f"SQ {type(law).__name__}", partial(_ours, found, "compiled")
     if compiled:
-        learned = Quantizer(bits, high=_HIGH, learned=True).to(device)
-        yield "SQ Logistic, learned range", partial(_ours, learned, "compiled")
+        yield "SQ Logistic, learned range", _Learned(Quantizer(bits, high=_HIGH, learned=True).to(device))
     yield "torch fake_quantize with noise", partial(_fake, bits)
     yield from _brevitas(bits, device)
     yield from _torchao(bits)
@@ -79,6 +79,17 @@ def _functions(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
 def _ours(quantize: Quantizer, mode: kernels.Mode, x: Tensor) -> Tensor:
     with kernels.use(mode), rng.draw(0):
         return quantize(x)
+
+
+class _Learned(nn.Module):
+    """Run a quantizer in compiled code; a pass asks for the gradients of its parameters too."""
+
+    def __init__(self, quantize: Quantizer) -> None:
+        super().__init__()
+        self.quantize = quantize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ours(self.quantize, "compiled", x)
 
 
 def _fake(bits: int, x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ def training(sizes: Sizes) -> Iterator[Workload]:
     fused = fastest(sizes.device) == "compiled"
     for penalty in (False, True):
         contenders = [training_step("float", sizes, None, penalty=False)]
+        if fused:
+            contenders.append(training_step("float, plain", sizes, None, penalty=False, mode="eager"))
         if penalty:
             contenders.append(training_step("float with penalty", sizes, None, penalty=True))
         tail = " with penalty" if penalty else ""

@@ -42,6 +42,16 @@ def _gelu(module: nn.Module) -> Shape:
     return Shape(turns=(-0.7517915246935645,), curvature=math.sqrt(2 / math.pi))
 
 
+def _softplus(module: nn.Module) -> Shape:
+    beta, threshold = _number(module, "beta"), _number(module, "threshold")
+    if beta <= 0 or threshold < 20:
+        raise InputError(
+            f"expected a Softplus of beta above 0 and a threshold of 20 or more, got {beta} and {threshold}; at lower "
+            "ones it jumps"
+        )
+    return Shape(curvature=beta / 4)
+
+
 def _number(module: nn.Module, name: str) -> float:
     return float(getattr(module, name))
 
@@ -54,12 +64,12 @@ SHAPES: Mapping[type[nn.Module], Callable[[nn.Module], Shape]] = {
     nn.PReLU: lambda _: Shape(turns=(0.0,), kinks=(0.0,)),
     nn.Sigmoid: lambda _: Shape(curvature=1 / (6 * math.sqrt(3))),
     nn.Tanh: lambda _: Shape(curvature=4 / (3 * math.sqrt(3))),
-    nn.Softplus: lambda m: Shape(curvature=_number(m, "beta") / 4),
+    nn.Softplus: _softplus,
     nn.GELU: _gelu,
     nn.SiLU: lambda _: Shape(turns=(-1.2784645427610737,), curvature=0.5),
     nn.Mish: lambda _: Shape(turns=(-1.1924312145154952,), curvature=0.65),
     nn.Hardswish: lambda _: Shape(turns=(-1.5,), kinks=(-3.0, 3.0), curvature=1 / 3),
-    nn.ELU: lambda m: Shape(kinks=(0.0,), curvature=abs(_number(m, "alpha"))),
+    nn.ELU: lambda m: Shape(turns=(0.0,), kinks=(0.0,), curvature=abs(_number(m, "alpha"))),
 }
 """Type of activation -> its shape."""
 

@@ -126,7 +126,8 @@ def _staircase(node: Node, quantizer: Quantizer, noise: tuple[Tensor, Tensor], s
     below = _stairs(z, codes(least), lambda code: code + 0.5 - least, above=False)
     slopes, offsets = zip(below, above, strict=True)
     base = [low * (1 - slope) + step * offset for slope, offset in zip(slopes, offsets, strict=True)]
-    return Lines(slopes[0], base[0] - value, slopes[1], base[1] + value)
+    # The input may err by the slack, and touches the corners of the staircase too early by as much.
+    return Lines(slopes[0], base[0] - value - slopes[0] * slack, slopes[1], base[1] + value + slopes[1] * slack)
 
 
 def _stairs(

@@ -13,7 +13,8 @@ from bitquorum.ensemble import Aggregation, EmpirVote, MajorityVote, MeanLogits,
 from bitquorum.interface import InputError
 
 TIE = 1e-5
-"""What a margin, of logits or of probabilities, must exceed, so that no rounding of the aggregation undoes it."""
+"""What a margin must exceed, so that no rounding of the aggregation undoes it: of probabilities, or the mean of logits
+up to some tens in magnitude, where single precision still resolves it."""
 
 
 def holds(
@@ -52,7 +53,7 @@ def holds(
             "mean-probability, majority-vote or empir-vote"
         )
     sure = _everywhere(margins > TIE, others)  # [draw, member, batch]
-    mine, theirs = sure.sum((0, 1))[:, None], (margins <= TIE).sum((0, 1))
+    mine, theirs = sure.sum((0, 1))[:, None], (~(margins > TIE)).sum((0, 1))  # a bound may be no number
     won = _everywhere(mine > theirs, others)
     if isinstance(aggregation, MajorityVote):
         return won

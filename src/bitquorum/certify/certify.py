@@ -52,7 +52,8 @@ class Certify(Method):
     - `nearest`: of the network that rounds to nearest in place of drawing. It is another defence.
 
     Images that a smaller epsilon, or no attack at all, leaves uncertified are not tried at a larger one. Bounds are
-    computed in double precision and cover what single precision rounds.
+    computed in double precision and cover what single precision rounds; not half precision, and not TF32, which torch
+    takes for convolutions on CUDA unless `torch.backends.cudnn.allow_tf32` is false where the network is served.
 
     Attributes:
         epsilons: Radii in the maximum norm, in units of the image; positive and increasing.

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from bitquorum.cli.printing import print_table, print_verdicts
-from bitquorum.cli.shared import RUNS, DataRoot, Device, Query, Root, app, bars, device_named, out, resumable
+from bitquorum.cli.shared import RUNS, DataRoot, Device, Query, Root, app, bars, device_named, number, out, resumable
 
 if TYPE_CHECKING:
     from bitquorum.store import Run
@@ -117,7 +117,7 @@ def _climb(
     from bitquorum.report import bracket, rungs
 
     chosen = ladder_named(name)
-    given = [_number(epsilon) for epsilon in epsilons]
+    given = [number(epsilon) for epsilon in epsilons]
     table = encode(chosen) | {"epsilons": given or experiment.usual_epsilons(stored)}
     chosen = decode(type(chosen), apply_overrides(table, overrides))
     with resumable(stored), bars() as listener:
@@ -131,11 +131,3 @@ def _climb(
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
     if failed:
         sys.exit(3)
-
-
-def _number(text: str) -> float | str:
-    """Return a decimal number; the registry reads fractions, and refuses what is neither."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

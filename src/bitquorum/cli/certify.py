@@ -7,7 +7,19 @@ from rich.markup import escape
 
 from bitquorum.cli.insight import Changes
 from bitquorum.cli.printing import print_table
-from bitquorum.cli.shared import RUNS, DataRoot, Device, Queries, Root, app, bars, device_named, out, resumable
+from bitquorum.cli.shared import (
+    RUNS,
+    DataRoot,
+    Device,
+    Queries,
+    Root,
+    app,
+    bars,
+    device_named,
+    number,
+    out,
+    resumable,
+)
 
 
 @app.command()
@@ -36,7 +48,8 @@ def certify(
 
     for query in queries:
         stored = Run.find(runs, query)
-        table = encode(Certify()) | {"epsilons": epsilons or experiment.attacked_epsilons(stored)}
+        given = [number(epsilon) for epsilon in epsilons or []]
+        table = encode(Certify()) | {"epsilons": given or experiment.attacked_epsilons(stored)}
         chosen = decode(Certify, apply_overrides(table, changes or []))
         with resumable(stored), bars() as listener:
             rows = experiment.certify_run(

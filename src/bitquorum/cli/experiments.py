@@ -136,21 +136,19 @@ def list_(
         return
     rows = []
     for item in stored:
-        if is_museum(item):
-            rows.append((item.path.name, "digits", str(item.config()["seed"]), "the museum"))
-            continue
-        if is_bench(item):
-            suite = stored_suite(item)
-            state = f"a suite, {len(summary(item))} of {len(suite.baselines)} rows"
-            rows.append((item.path.name, suite.data.name, " ".join(map(str, suite.seeds)), state))
-            continue
         try:
-            experiment = experiment_of(item)
-            state = progress_of(item)
+            if is_museum(item):
+                facts = ("digits", str(item.config().get("seed", "?")), "the museum")
+            elif is_bench(item):
+                suite = stored_suite(item)
+                state = f"a suite, {len(summary(item))} of {len(suite.baselines)} rows"
+                facts = (suite.data.name, " ".join(map(str, suite.seeds)), state)
+            else:
+                experiment = experiment_of(item)
+                facts = (experiment.data.name, str(experiment.seed), progress_of(item))
         except BitquorumError:
-            rows.append((item.path.name, "?", "?", "unreadable; `bitquorum show` says why"))
-        else:
-            rows.append((item.path.name, experiment.data.name, str(experiment.seed), state))
+            facts = ("?", "?", "unreadable; `bitquorum show` says why")
+        rows.append((item.path.name, *facts))
     print_rows(("run", "data", "seed", "state"), rows)
 
 

@@ -157,3 +157,11 @@ def device_named(name: str) -> str:
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return str(device)
+
+
+def number(text: str) -> float | str:
+    """Return a decimal number; the registry reads fractions, and refuses what is neither."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,9 +1,11 @@
 """Parse the published binary formats, IDX and CIFAR records, and read them from plain or gzip files."""
 
 import gzip
+import hashlib
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,10 +83,10 @@ def parse_cifar(
 
 
 def read_file(path: Path, file: PublishedFile) -> bytes:
-    """Return the unpacked content of a plain or gzip file, which must have the published size.
+    """Return the unpacked content of a plain or gzip file, which must have the published size and MD5 sum.
 
     Raises:
-        DataError: if the file cannot be read or unpacked, or its size is another one.
+        DataError: if the file cannot be read or unpacked, or its size or sum is another one.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
@@ -94,7 +96,28 @@ def read_file(path: Path, file: PublishedFile) -> bytes:
     if len(content) != file.size:
         got = f"more than {file.size}" if len(content) > file.size else str(len(content))
         raise DataError(f"{path}: expected {file.size} bytes, got {got}; delete the file and fetch the data set again")
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if file.md5 not in (None, found):
+        raise DataError(
+            f"{path}: expected MD5 {file.md5}, got {found}: a damaged file, or that of another data set; delete it and "
+            "fetch the data set again"
+        )
     return content
+
+
+def read_first(paths: Sequence[Path], file: PublishedFile) -> bytes:
+    """Return the content of the first of several candidates that is what was published.
+
+    Raises:
+        DataError: of the first candidate, if none is.
+    """
+    failure: DataError | None = None
+    for path in paths:
+        try:
+            return read_file(path, file)
+        except DataError as error:
+            failure = failure or error
+    raise failure or MissingDataError(f"expected {file.name}, got no file")
 
 
 def read_source(source: Source, split: str, folder: Path) -> ImageSet:
@@ -102,7 +125,7 @@ def read_source(source: Source, split: str, folder: Path) -> ImageSet:
 
     Raises:
         MissingDataError: if a file is not there.
-        DataError: if a file is not what was published: its size, header, shape or a label.
+        DataError: if a file is not what was published: its size, MD5 sum, header, shape or a label.
     """
     names = source.train if split == "train" else source.test
     paths = locate(source, folder, names)
@@ -113,12 +136,12 @@ def read_source(source: Source, split: str, folder: Path) -> ImageSet:
             f"run `bitquorum data get {source.name}`, or `bitquorum data get {source.name} --from PATH` "
             "if you have the published files"
         )
-    contents = {name: read_file(paths[name], source.files[name]) for name in names}
+    contents = {name: read_first(paths[name], source.files[name]) for name in names}
     if source.layout == "idx":
         images, labels = _idx_pair(contents, names, source)
     else:
         parts = [
-            parse_cifar(contents[name], source.shape, label_bytes=source.label_bytes, name=str(paths[name]))
+            parse_cifar(contents[name], source.shape, label_bytes=source.label_bytes, name=f"{source.name}: {name}")
             for name in names
         ]
         images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -126,12 +149,12 @@ def read_source(source: Source, split: str, folder: Path) -> ImageSet:
     return ImageSet(name=source.name, split=split, images=images, labels=labels, classes=source.classes, index=index)
 
 
-def locate(source: Source, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:
-    """Return where each file of a data set lies below `folder`, plain before gzip, without absent ones."""
+def locate(source: Source, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, list[Path]]:
+    """Return where each file of a data set may lie below `folder`, plain before gzip, without absent ones."""
     wanted = tuple(source.files) if names is None else names
     found = find_files(folder, {variant for name in wanted for variant in (name, f"{name}.gz")})
     paths = {name: found.get(name, []) + found.get(f"{name}.gz", []) for name in wanted}
-    return {name: candidates[0] for name, candidates in paths.items() if candidates}
+    return {name: candidates for name, candidates in paths.items() if candidates}
 
 
 def _idx_pair(

@@ -19,7 +19,8 @@ LIMIT = 1 << 30
 def room(shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Shaped[Tensor, "..."]:
     """Return a tensor whose content is undefined, or zero where it is mapped.
 
-    The file lies in the folder of the data sets, has no name, and is gone when the tensor is.
+    The file lies where `$BITQUORUM_DATA` says, by default in `~/.cache/bitquorum/data`, has no name, and is gone when
+    the tensor is.
 
     Args:
         shape: Of the tensor.

@@ -1,5 +1,6 @@
 """Measure how well statistics tell attacked inputs from clean ones, and what rejection is worth."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
@@ -12,7 +13,16 @@ from bitquorum import rng
 from bitquorum.detect.aware import Evasive
 from bitquorum.detect.calibration import has_pairs, held_out_scores, threshold_at
 from bitquorum.detect.reference import CleanReference
-from bitquorum.detect.rows import LEAST_POSITIVES, Row, Seen, clean_row, curve_row, detection_row, rejection_rows
+from bitquorum.detect.rows import (
+    LEAST_POSITIVES,
+    Row,
+    Seen,
+    clean_row,
+    curve_row,
+    detection_row,
+    rejection_rows,
+    window_row,
+)
 from bitquorum.detect.statistics import (
     Disagreement,
     Energy,
@@ -87,6 +97,14 @@ class Detection(Method):
         rates = self.false_positives
         if not rates or len(set(rates)) != len(rates) or not all(0 < rate < 1 for rate in rates):
             raise InputError(f"expected different rates of false positives in (0, 1), got {rates}")
+        windows = [statistic.window for statistic in self.statistics if isinstance(statistic, WindowMI)]
+        scores = min(self.calibration, self.windows) if windows else self.calibration
+        if (scores + 1) * min(rates) < 1 - 1e-9 or max(windows, default=0) > self.calibration:
+            raise InputError(
+                f"expected at least {math.ceil(1 / min(rates) - 1 - 1e-9)} images for calibration and, with window-mi, "
+                f"windows for {100 * min(rates):g} % false positives, and no window larger than the calibration, got "
+                f"{self.calibration} images and {self.windows} windows; raise them or the rate"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,7 +232,11 @@ def _measure_windows(
     clean: Observed,
     threats: Sequence[Observed],
 ) -> tuple[list[Row], list[Row]]:
-    """Compare windows of attacked images, fooled or not, with clean ones; windows overlap, and intervals know it."""
+    """Compare windows of attacked images, fooled or not, with clean ones; windows overlap, and intervals know it.
+
+    Thresholds promise no rate: calibration windows overlap, and their images make the reference too, so that they vary
+    less than windows of other images. What is rejected of clean test windows has a row of its own.
+    """
     reference = CleanReference.fit(calibration.logits)
 
     def scores_of(observed: Observed, purpose: str) -> Tensor:
@@ -240,6 +262,12 @@ def _measure_windows(
                 now.facts, successes=successes, images=images, rates=thresholds, scores=scores, repeats=repeats
             )
         )
+    if negatives is not None:
+        repeats = max(1.0, detection.windows * statistic.window / len(clean.labels))
+        metrics += [
+            window_row(negatives, len(clean.labels), rate, threshold, repeats=repeats)
+            for rate, threshold in thresholds.items()
+        ]
     return metrics, curves
 
 

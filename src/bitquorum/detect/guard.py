@@ -100,7 +100,7 @@ class Guard(nn.Module):
         threshold_at(scores, false_positives)
         self.ensemble = ensemble.eval()
         self.statistic = statistic or PredictionMI()
-        self.passes, self.false_positives = passes, false_positives
+        self.passes, self.false_positives = passes if ensemble.stochastic else 1, false_positives
         for name, value in (("scores", scores), ("joints", joints), ("quantile", quantile)):
             self.register_buffer(name, value.detach().clone())
 

@@ -69,8 +69,9 @@ def auroc(
     with the sample variances $s^2$ of the share of the other side that each of m positives and n negatives beats. The
     interval is symmetric in $\log(A / (1 - A))$, with the standard error $\sqrt{\mathrm{var}(A)} / (A (1 - A))$, so
     that it stays in [0, 1]; it always reaches as far as Wilson's does that sees min(m, n) successes, or failures, in as
-    many trials, so that a perfect separation of few scores is no certainty. Positives and negatives count as
-    independent of each other.
+    many trials, so that a perfect separation of few scores is no certainty, and no farther than Wilson's of that area
+    in as many trials, since A (1 - A) / min(m, n) is the largest variance that A can have (Birnbaum and Klose, 1957).
+    Positives and negatives count as independent of each other.
 
     Reference: DeLong, DeLong, Clarke-Pearson, 1988, Biometrics 44, 837-845. Deviations: the logit scale and its least
     width.
@@ -86,7 +87,7 @@ def auroc(
     Examples:
         >>> area = auroc(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 4.0]))
         >>> round(area.value, 3), round(area.low, 3), round(area.high, 3)
-        (0.833, 0.249, 0.987)
+        (0.833, 0.31, 0.982)
     """
     _check(negatives, positives)
     wins, losses = _beaten(positives, negatives), _beaten(negatives, positives)
@@ -98,6 +99,8 @@ def auroc(
     if 0 < area < 1:
         half, centre = _Z * math.sqrt(variance) / (area * (1 - area)), math.log(area / (1 - area))
         low, high = (1 / (1 + math.exp(-min(max(x, -700.0), 700.0))) for x in (centre - half, centre + half))
+        widest = _wilson(area, trials)  # var(A) is at most A (1 - A) / min(m, n)
+        low, high = max(low, widest[0]), min(high, widest[1])
     return Interval(value=area, low=min(low, 1 - edge), high=max(high, edge))
 
 
@@ -118,10 +121,17 @@ def share(flags: Bool[Tensor, "trials"], *, repeats: float = 1.0) -> Interval:
     """
     if not len(flags):
         raise InputError("expected at least one outcome, got none")
-    p, trials, s = float(flags.double().mean()), max(1.0, len(flags) / repeats), _Z**2
+    p = float(flags.double().mean())
+    low, high = _wilson(p, max(1.0, len(flags) / repeats))
+    return Interval(value=p, low=low, high=high)
+
+
+def _wilson(p: float, trials: float) -> tuple[float, float]:
+    """Return the ends of Wilson's interval of a share."""
+    s = _Z**2
     centre = (p + s / (2 * trials)) / (1 + s / trials)
     half = _Z / (1 + s / trials) * math.sqrt(p * (1 - p) / trials + s / (4 * trials**2))
-    return Interval(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def _check(negatives: Tensor, positives: Tensor) -> None:

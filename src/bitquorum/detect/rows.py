@@ -91,6 +91,12 @@ def clean_row(clean: Seen, rate: float, threshold: float) -> Row:
     return row | columns("rejected", _over(~accepted)) | columns("accepted_right", _over(accepted & clean.right))
 
 
+def window_row(windows: Float[Tensor, "windows"], images: int, rate: float, threshold: float, *, repeats: float) -> Row:
+    """Return what a threshold costs on windows of clean test images; a window has no prediction."""
+    row: Row = {"name": "clean", "images": images, "false_positives": rate, "threshold": threshold}
+    return row | columns("rejected", share(windows > threshold, repeats=repeats)) | columns("accepted_right", None)
+
+
 def rejection_rows(clean: Seen, seen: Sequence[Seen], rate: float, threshold: float) -> list[Row]:
     """Return robust accuracy with rejection, counted both ways, for each threat and for the worst of each level.
 

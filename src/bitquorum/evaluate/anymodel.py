@@ -67,7 +67,7 @@ def evaluate_model(
     ladder: str | Ladder = "standard",
     norm: Norm | None = None,
     sources: Mapping[str, nn.Module] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Report:
     """Climb the ladder with a model that is ours or anybody's.
 
@@ -84,7 +84,7 @@ def evaluate_model(
         ladder: `quick`, `standard`, `full`, or a ladder of your own; all given images are used.
         norm: `linf` or `l2`, in place of the ladder's.
         sources: Other modules that the attacker holds, such as members or an undefended twin, by name.
-        seed: Of attacks and draws.
+        seed: Of attacks and draws, in place of the ladder's.
 
     Raises:
         InputError: for bad images or labels, or a model that cannot be judged; the message says why.
@@ -96,7 +96,8 @@ def evaluate_model(
         True
     """
     chosen = ladder_named(ladder) if isinstance(ladder, str) else ladder
-    chosen = replace(chosen, epsilons=(epsilon,), examples=0, seed=seed, norm=norm or chosen.norm)
+    chosen = replace(chosen, epsilons=(epsilon,), examples=0, norm=norm or chosen.norm)
+    chosen = chosen if seed is None else replace(chosen, seed=seed)
     wrapped = wrap(model, images, labels)
     held: dict[str, Model] = {name: wrap(source, images, labels) for name, source in (sources or {}).items()}
     examples = Examples(images=images, labels=labels, index=torch.arange(len(labels), device=labels.device))

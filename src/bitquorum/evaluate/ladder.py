@@ -292,14 +292,14 @@ class Arena:
         """Let one attack meet the chosen images and keep what is worse than before."""
         found, cost = self.attack(attack, met, climb.epsilon, on_batch)
         tally = self.score(found, met)
-        worse = self._confirm(climb, found, met, tally)
+        worse, rate = self._confirm(climb, found, met, tally)
         everyone = len(met) == len(climb.images)
         judged = torch.ones_like(worse) if everyone else worse
         correct = climb.correct[:, met]
         correct[:, judged] = self.judge(found[judged], met[judged])
         changed, number = met[worse], len(climb.steps)
         broke = int((tally.broken & climb.standing[met]).sum())
-        climb.images[changed], climb.rate[changed] = found[worse], tally.rate[worse]
+        climb.images[changed], climb.rate[changed] = found[worse], rate[worse]
         climb.broken_by[changed] = number
         climb.standing[met] &= ~tally.broken
         climb.correct = climb.correct.clone()
@@ -381,22 +381,28 @@ class Arena:
 
     def _confirm(
         self, climb: Climb, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"], tally: Tally
-    ) -> Bool[Tensor, "met"]:
-        """Return which versions are worse than the ones before: at a lower rate, and no higher one on further draws.
+    ) -> tuple[Bool[Tensor, "met"], Float[Tensor, "met"]]:
+        """Return which versions are worse than the ones before, and the rate of each over all draws it was seen on.
 
-        The first few draws of a version decide little more than luck; without the second look a weaker attack that is
-        lucky on them would push out a stronger one's version.
+        Worse is a lower rate, and no higher one on further draws. The first few draws of a version decide little more
+        than luck; without the second look a weaker attack that is lucky on them would push out a stronger one's
+        version, and without its draws in the rate the luck would keep the next one out. The first attack replaces the
+        clean image at an equal rate too, if further draws are worse for it.
         """
-        worse = tally.rate < climb.rate[met]
+        rate, before = tally.rate, climb.rate[met]
+        worse = rate < before
         if not is_noisy(self.model):
-            return worse
-        first = count = self.ladder.survivors.most
-        for rows in (worse & ~tally.broken).nonzero()[:, 0].split(self.ladder.batch_size):
+            return worse, rate
+        rate, first, count = rate.clone(), self.ladder.survivors.most, self.ladder.survivors.most
+        tied = (rate == before) & (len(climb.steps) == 1)
+        for rows in ((worse | tied) & ~tally.broken).nonzero()[:, 0].split(self.ladder.batch_size):
             new, old = (
                 self._rate(version, met[rows], first, count) for version in (found[rows], climb.images[met[rows]])
             )
-            worse[rows] = new <= old
-        return worse
+            worse[rows] = (new < old) | ((new == old) & worse[rows])
+            seen = tally.draws[rows] + count
+            rate[rows] = (tally.right[rows] + count * new + 1) / (seen + 2)
+        return worse, rate
 
     def _rate(self, version: Tensor, rows: Int[Tensor, "chosen"], first: int, count: int) -> Float[Tensor, "chosen"]:
         parts = [

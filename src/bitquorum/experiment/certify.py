@@ -1,6 +1,5 @@
 """Certify the arms of a stored run, and store which images are certified."""
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from bitquorum.files import atomic_write, load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import DataError, Listener
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
+from bitquorum.toml import read_toml
 
 
 def certify_run(
@@ -74,11 +74,10 @@ def certificate_folder(stored: Run, certify: Certify) -> Path:
 
 def certificates(stored: Run) -> list[tuple[Certify, list[dict[str, Any]]]]:
     """Return the certifications of a run that are complete, with their rows."""
-    found = []
-    for path in sorted((stored.path / "certificates").glob("*/metrics.jsonl")):
-        table = tomllib.loads((path.parent / "certify.toml").read_text(encoding="utf-8"))
-        found.append((decode(Certify, table), read_jsonl(path)))
-    return found
+    return [
+        (decode(Certify, read_toml(path.parent / "certify.toml")), read_jsonl(path))
+        for path in sorted((stored.path / "certificates").glob("*/metrics.jsonl"))
+    ]
 
 
 def attacked_epsilons(stored: Run) -> list[float]:

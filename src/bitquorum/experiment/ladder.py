@@ -2,7 +2,6 @@
 
 import json
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from bitquorum.interface import Cost, DataError, Listener
 from bitquorum.peers import check_peer, second_opinion
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
+from bitquorum.toml import read_toml
 
 
 def climb_run(
@@ -93,7 +93,7 @@ def ladder_folder(stored: Run, ladder: Ladder) -> Path:
 def ladders(stored: Run) -> list[Ladder]:
     """Return the ladders that have been climbed with a run, at least with some of its arms."""
     found = sorted((stored.path / "ladders").glob("*/ladder.toml"))
-    return [decode(Ladder, tomllib.loads(path.read_text(encoding="utf-8"))) for path in found]
+    return [decode(Ladder, read_toml(path)) for path in found]
 
 
 def ladder_rows(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Read from a run the images that its attacks made, and make those that need no attack."""
 
 import re
-import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from bitquorum.interface import DataError
 from bitquorum.plane import Plane
 from bitquorum.registry import decode, digest, nearest
 from bitquorum.store import Run
+from bitquorum.toml import read_toml
 
 P = TypeVar("P", Plane, Detection)
 Axis = Literal["", "epsilon", "severity"]
@@ -51,7 +52,7 @@ class Threat:
     @property
     def file(self) -> str:
         """Name of the file that holds an outcome under this threat."""
-        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.label).strip('-')}@{self.level:.6f}.safetensors"
+        return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.label).strip('-')}@{self.level:.6f}.safetensors"
 
 
 def chosen_evaluation(stored: Run, query: str = "") -> Evaluation:
@@ -63,7 +64,7 @@ def chosen_evaluation(stored: Run, query: str = "") -> Evaluation:
     own = experiment_of(stored).evaluation
     known = {digest(own): own}
     for path in sorted(stored.path.glob("evaluations/*/evaluation.toml")):
-        known.setdefault(path.parent.name, decode(Evaluation, tomllib.loads(path.read_text(encoding="utf-8"))))
+        known.setdefault(path.parent.name, decode(Evaluation, read_toml(path)))
     if query and query not in known:
         raise DataError(
             f"expected a stored evaluation among {', '.join(known)}, got {query!r}; {nearest(query, known)}"
@@ -128,18 +129,22 @@ def attacks(stored: Run, evaluation: Evaluation, arm: Arm) -> list[Threat]:
 
 
 def ladder_worst(stored: Run, arm: Arm, test: ImageSet, digests: Sequence[str]) -> list[Threat]:
-    """Return the worst versions of ladders; those that lack one of the test images are left out."""
+    """Return the worst versions of ladders in the maximum norm; those that lack a test image are left out.
+
+    Ladders of one name, such as `standard` on two numbers of draws, have their digests in their labels.
+    """
     found = []
-    for ladder in ladders(stored):
-        if digest(ladder) not in digests:
-            continue
+    chosen = [ladder for ladder in ladders(stored) if ladder.norm == "linf" and digest(ladder) in digests]
+    names = Counter(ladder.name for ladder in chosen)
+    for ladder in chosen:
+        name = ladder.name if names[ladder.name] == 1 else f"{ladder.name} {digest(ladder)}"
         for path in sorted((ladder_folder(stored, ladder) / arm.name).glob("climb@*.safetensors")):
             tensors, facts = load_tensors(path)
             if not bool(torch.isin(test.index, tensors["examples"]).all()):
                 continue
             found.append(
                 Threat(
-                    label=f"ladder {ladder.name}: worst",
+                    label=f"ladder {name}: worst",
                     kind="ladder",
                     axis="epsilon",
                     level=float(facts["epsilon"]),

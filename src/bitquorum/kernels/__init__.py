@@ -25,7 +25,7 @@ for each kernel in the first process and less in the next, so plain code is the 
 
 The noise bits are integers and equal in both; a code differs where the last place of a logarithm moves a value across
 a rounding threshold, in less than one draw of 100,000. Two calls give equal bits, in either. Compiled code takes
-float32; every other type runs plainly.
+float32 and, where a network trains in it, bfloat16; every other type runs plainly.
 """
 
 from bitquorum.kernels.choice import Mode, applies, compiler_available, mode, use

@@ -115,6 +115,12 @@ def call(kernel: Callable[..., Any], *tensors: Tensor, **constants: Hashable) ->
         return None
 
 
+def compute(kernel: Callable[..., Any], *tensors: Tensor, **constants: Hashable) -> Any:
+    """Return the result of the compiled kernel, or of the same kernel run plainly where the compiler failed."""
+    result = call(kernel, *tensors, **constants)
+    return kernel(*tensors, **constants) if result is None else result
+
+
 @cache
 @no_type_check
 def _compile(kernel: Callable[..., Any], constants: tuple[tuple[str, Hashable], ...]) -> Callable[..., Any]:

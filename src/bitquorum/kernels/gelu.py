@@ -49,10 +49,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         g, x = ctx.saved_tensors
         flats = [layout.flatten(layout.like_layout(tensor, x)) for tensor in (x, g, grads[0])]
-        results = choice.call(_second, *flats)
-        if results is None:
-            results = _second(*flats)
-        to_g, to_x = (layout.unflatten(result, x) for result in results)
+        to_g, to_x = (layout.unflatten(result, x) for result in choice.compute(_second, *flats))
         return to_g, to_x
 
 

@@ -62,7 +62,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rate: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, mean, rate)
-        return _images(choice.call(_values, _rows(x), mean, rate, weight, bias), x)
+        return _images(choice.compute(_values, _rows(x), mean, rate, weight, bias), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,10 +75,10 @@ class _Backward(torch.autograd.Function):
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         g = like_layout(g, x)
-        *means, of_weight, of_bias = choice.call(_gradient_means, _rows(x), _rows(g), mean, rate)
+        *means, of_weight, of_bias = choice.compute(_gradient_means, _rows(x), _rows(g), mean, rate)
         ctx.save_for_backward(g, x, weight, mean, rate, *means)
         ctx.set_materialize_grads(False)
-        of_x = choice.call(_gradient, _rows(x), _rows(g), mean, rate, weight, *means)
+        of_x = choice.compute(_gradient, _rows(x), _rows(g), mean, rate, weight, *means)
         return _images(of_x, x), of_weight, of_bias
 
     @staticmethod
@@ -90,8 +90,8 @@ class _Backward(torch.autograd.Function):
         of_x, of_weight, of_bias = grads
         v = torch.zeros_like(x) if of_x is None else like_layout(of_x, x)
         rows = (_rows(x), _rows(g), _rows(v))
-        *means, to_weight = choice.call(_second_means, *rows, mean, rate, mean_g, mean_gx)
-        to_g, to_x = choice.call(_second, *rows, mean, rate, weight, mean_g, mean_gx, *means)
+        *means, to_weight = choice.compute(_second_means, *rows, mean, rate, mean_g, mean_gx)
+        to_g, to_x = choice.compute(_second, *rows, mean, rate, weight, mean_g, mean_gx, *means)
         to_g, to_x = _images(to_g, x), _images(to_x, x)
         if of_weight is not None or of_bias is not None:  # somebody differentiates the gradients of the parameters
             a = torch.zeros_like(weight) if of_weight is None else of_weight

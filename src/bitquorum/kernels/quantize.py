@@ -132,7 +132,7 @@ class _Backward(torch.autograd.Function):
         to_g, to_x = (layout.unflatten(result, x) for result in results)
         if not any(ctx.needs_input_grad[2:4]):
             return to_g, to_x, None, None, None, None
-        moved = choice.call(_moments, layout.flatten(to_x), layout.flatten(x), low)
+        moved = choice.compute(_moments, layout.flatten(to_x), layout.flatten(x), low)
         return to_g, to_x, -moved[0], -moved[1] / step, None, None
 
 
@@ -141,7 +141,7 @@ def _call(
 ) -> tuple[Tensor, ...]:
     table, constants = mean.compiled_table(grid.law, grid.top, grid.wide, tensors[0].device)
     flats = [layout.flatten(tensor) for tensor in tensors]
-    return choice.call(kernel, *flats, low, step, table, order=order, **constants)
+    return choice.compute(kernel, *flats, low, step, table, order=order, **constants)
 
 
 # The functions below are traced by the compiler; type checks at run time would break the trace.

@@ -53,7 +53,7 @@ class _Round(torch.autograd.Function):
         g = layout.like_layout(grads[0], x)
         rows = (layout.flatten(t, 1) if step.numel() > 1 else layout.flatten(t)[None] for t in (x, g, values))
         arguments: tuple[Any, ...] = (*rows, step.view(-1), top, factor)
-        of_x, of_step = _gradients(*arguments) if torch.is_grad_enabled() else choice.call(_gradients, *arguments)
+        of_x, of_step = _gradients(*arguments) if torch.is_grad_enabled() else choice.compute(_gradients, *arguments)
         return _like(of_x, x), None, of_step.view_as(step), None, None
 
 

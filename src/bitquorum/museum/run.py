@@ -63,7 +63,7 @@ def visit(
     stored = Run.create(root, "museum", encode(museum))
     listener = listener or Listener()
     missing = [name for name in museum.exhibits if not _file(stored, name).exists()]
-    if missing:
+    if missing or not museum_rows(stored):
         with stored.lock():
             started = time.monotonic()
             batch = _images(museum, data_root)

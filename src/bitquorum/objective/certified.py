@@ -1,11 +1,10 @@
 """Train for certificates: the likelihood of the labels at the worst logits that bounds allow."""
 
-import math
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitquorum import rng
@@ -28,7 +27,7 @@ class IntervalBound(Term):
     Quantizers take part with the noise of the step's draw, the same at both ends of an interval: the network of that
     draw is bounded exactly as it is certified by `fresh`, and gradients at the ends are those of the quantizers
     themselves, of their mean by default. Deviations: norm layers are as in evaluation, with running statistics, taken
-    as constants; single precision, without allowance for rounding.
+    as constants, and dropout passes everything on; single precision, without allowance for rounding.
 
     Attributes:
         epsilon: Radius in the maximum norm at the end.
@@ -42,7 +41,7 @@ class IntervalBound(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.epsilon <= 1 or not 0 <= self.ramp <= 1 or not math.isfinite(self.weight):
+        if not 0 < self.epsilon <= 1 or not 0 <= self.ramp <= 1:
             raise InputError(f"expected epsilon in (0, 1] and ramp in [0, 1], got {self.epsilon} and {self.ramp}")
         Scope(validity=self.validity)
 
@@ -51,16 +50,24 @@ class IntervalBound(Term):
         return self.epsilon * (min(1.0, progress / self.ramp) if self.ramp else 1.0)
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        """Return the mean over members and examples.
+        """Return the mean over members and examples; mixed images are bounded for both of their labels.
 
         Raises:
             InputError: if a member has a module without bounds.
         """
         scope = Scope(validity=self.validity, rounding=False)
         images, epsilon = step.images.detach(), self.epsilon_at(step.progress)
-        with rng.draw(step.seed, step.examples), torch.autocast(images.device.type, enabled=False):
-            bounds = [
-                margins(member, images, step.labels, epsilon=epsilon, bound="ibp", scope=scope)
-                for member in step.ensemble.members
-            ]
-        return (-torch.stack(bounds)).logsumexp(-1).mean()
+
+        def worst(labels: Int[Tensor, "batch"]) -> Float[Tensor, "member batch"]:
+            with rng.draw(step.seed, step.examples), torch.autocast(images.device.type, enabled=False):
+                bounds = [
+                    margins(member, images, labels, epsilon=epsilon, bound="ibp", scope=scope)
+                    for member in step.ensemble.members
+                ]
+            return (-torch.stack(bounds)).logsumexp(-1)
+
+        loss = worst(step.labels)
+        if step.mixed is not None:
+            others, share = step.mixed
+            loss = share * loss + (1 - share) * worst(others)
+        return loss.mean()

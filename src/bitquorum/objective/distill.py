@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.geometry import ascend, project
 from bitquorum.interface import InputError
 from bitquorum.layers import WEIGHTED, QuantLayer
@@ -31,7 +31,8 @@ class DVERGE(Term):
     Reference: Yang et al., 2020, DVERGE, https://arxiv.org/abs/2009.14720; defaults are the authors'.
     Deviations: the layer is drawn per step, not per epoch, at one relative depth in all members; it is a weighted
     layer, seen before its norm; the target comes from the same batch; the authors' code has momentum and distills in
-    training mode. All noise is that of the step's draw, so that x and x_t meet the same network.
+    training mode; of mixed images the own label is fitted alone. All noise is that of the step's draw, so that x and
+    x_t meet the same network.
 
     Attributes:
         epsilon: Radius in the maximum norm, in [0, 1].
@@ -129,5 +130,4 @@ def partners(step: Step) -> Int[Tensor, "batch"]:
 def _loss(step: Step, member: nn.Module, images: Float[Tensor, "batch *image"]) -> Float[Tensor, ""]:
     with rng.draw(step.seed, step.examples):
         logits = member(images)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(wide[None, None], step.labels).mean()
+    return cross_entropy(kernels.wide(logits)[None, None], step.labels).mean()

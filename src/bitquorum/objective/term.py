@@ -1,5 +1,6 @@
 """Define what a term of the objective sees and what it returns."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -120,6 +121,8 @@ class Term(Method, ABC):
         return False
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise InputError(f"expected a finite weight, got {self.weight}")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"expected warmup, a share of the training, in [0, 1], got {self.warmup}")
 

@@ -96,6 +96,7 @@ def _difference(found: dict[str, Any] | None) -> str:
 def _note(rows: Sequence[dict[str, Any]]) -> str:
     first, reference = rows[0], rows[0]["reference"]
     seeds = sorted({len(row["seeds"]) for row in rows})
+    places = " or ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
     compared = (
         f" Vs ref: worst case minus that of {reference}, paired by image and seed; * where p < 0.05 after "
         "Holm's correction."
@@ -109,7 +110,7 @@ def _note(rows: Sequence[dict[str, Any]]) -> str:
         f"Claim: PGD through the quantizers alone. Worst: over the {first['ladder']} ladder.{compared} Detect: "
         "true positives in % at 5 % false positives among the worst images that fool, by attacks that do not know it. "
         "AT: adversarial images enter the training. KiB, MAC, bit-op: of one prediction, weights at their bits. "
-        f"Times: on one machine, {first['device']}, {first['threads']} threads."
+        f"Times: on {places}; comparable within one machine alone."
     )
 
 

@@ -15,7 +15,8 @@ def detection_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
     note = (
         f"{arm}: {first['members']}. Positives: attacked images that were right when clean and are wrong now; none is "
         f"stated for fewer than 10. Negatives: the clean test images. Thresholds from {first['calibration']} other "
-        f"clean images; scores over {first['draws']} draws; 95 % intervals. TPR in %."
+        f"clean images; scores over {first['draws']} draws; 95 % intervals. TPR in %. Of window-mi both sides are "
+        "windows of all images, fooled or not."
     )
     return Table(header=_HEADER, rows=tuple(_cells(row) for row in mine), note=note)
 

@@ -62,7 +62,8 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         here = [row for row in rows if row["arm"] == arm]
         ours = sum(row["seconds"] for row in here if "peer" not in row)
-        theirs = {row["peer"]: row["seconds"] for row in here if "peer" in row}
+        asked = {(row["peer"], row["epsilon"]): row["seconds"] for row in here if "peer" in row}
+        theirs = {peer: sum(took for (name, _), took in asked.items() if name == peer) for peer, _ in asked}
         cells = (f"{theirs[peer]:.1f} ({theirs[peer] / ours:.1f})" if peer in theirs else "-" for peer in peers)
         body.append((arm, f"{ours:.1f}", *cells))
     note = "Seconds, one after the other in one run; in brackets as a multiple of the ladder's, without self-checks."

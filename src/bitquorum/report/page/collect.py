@@ -1,14 +1,14 @@
 """Read everything that the store holds of a run, for the page; nothing here computes a result."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitquorum.files import read_jsonl
-from bitquorum.interface import DataError, InputError
+from bitquorum.interface import InputError
 from bitquorum.store import Run
+from bitquorum.toml import read_toml
 
 Row = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ class RunView:
         config: The experiment as a table.
         arms: Names, in the order of the config.
         train: Training rows of each arm that has some.
-        evaluations: Newest first, as the next three.
+        evaluations: In the order of their digests, as the next four.
         ladders: Bracket and rungs; sheets `verdicts` and `seconds`.
         planes: Rows of the plane; sheets `correlations` and `layers`.
         detections: Rows of the detector; sheet `curves`.
@@ -176,10 +176,7 @@ def _parts(folder: Path, kind: str) -> tuple[Part, ...]:
 
 
 def _part(path: Path) -> Part:
-    try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
+    config = read_toml(path)
     folder = path.parent
     sheets = {name: tuple(read_jsonl(folder / f"{name}.jsonl")) for name in _SHEETS}
     for name in _ARM_SHEETS:

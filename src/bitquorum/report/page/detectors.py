@@ -150,7 +150,7 @@ def scores(view: RunView, part: Part) -> Figure | None:
                     "x": low,
                     "x_high": high,
                     "y": count / total,
-                    "label": f"{count} of {total} images",
+                    "label": f"{count} of {total} {'windows' if curve['statistic'] == 'window-mi' else 'images'}",
                 }
                 for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
             ]
@@ -164,7 +164,7 @@ def scores(view: RunView, part: Part) -> Figure | None:
         kind="steps",
         rows=rows,
         x=Axis(title="statistic"),
-        y=Axis(title="share of images", percent=True, low=0.0),
+        y=Axis(title="share of images or windows", percent=True, low=0.0),
         series=series,
         keys=keys,
         selectors=(

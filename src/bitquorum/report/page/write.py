@@ -187,6 +187,7 @@ def _contents(view: RunView) -> str:
         "ladder": view.ladders,
         "plane": view.planes,
         "detection": view.detections,
+        "certification": view.certificates,
     }
     found = [f"{len(held)} {name}{'s' if len(held) > 1 else ''}" for name, held in parts.items() if held]
     arms = f"{len(view.arms)} ensemble{'s' if len(view.arms) != 1 else ''}"

@@ -20,8 +20,9 @@ def detection(page: Page) -> Section:
         title="Detectors",
         lead="Does a statistic of the members' predictions tell attacked images from clean ones? Positives are the "
         "attacked images that were right when clean and are wrong now. An AUROC of 0.5 is chance; TPR@5 and TPR@1 are "
-        "the shares found at 5 % and 1 % false positives, a dash where fewer than 10 images are positives. The number "
-        "that counts is the one against an attack that knows the detector.",
+        "the shares found at 5 % and 1 % false positives, a dash where fewer than 10 images are positives. Of "
+        "window-mi both sides are windows of all images, fooled or not. The number that counts is the one against an "
+        "attack that knows the detector.",
         body=page.per_run(lambda view: _detection(page, view)),
     )
 

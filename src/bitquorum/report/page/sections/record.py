@@ -203,7 +203,7 @@ def _passes(view: RunView) -> Html | None:
         parts.append(grid(header, body, "Passes of each image and attack, the most over ensembles and radii"))
     for part in view.ladders:
         spent = {
-            arm: sum(row["seconds"] for row in select(part.sheet("seconds"), arm=arm))
+            arm: sum(row["seconds"] for row in select(part.sheet("seconds"), arm=arm) if "rung" in row)
             for arm in distinct(part.sheet("seconds"), "arm")
         }
         body = [(arm, f"{seconds:,.1f}") for arm, seconds in spent.items()]

@@ -238,7 +238,8 @@ def _rungs(part: Part, arm: str, epsilon: float) -> Html:
     rows = [dict(row) for row in part.rows]
     steps = select(part.rows, arm=arm, epsilon=epsilon, name="left")
     table = rungs(rows, arm, epsilon)
-    timed = {row["rung"]: row["seconds"] for row in select(part.sheet("seconds"), arm=arm, epsilon=epsilon)}
+    seconds = select(part.sheet("seconds"), arm=arm, epsilon=epsilon)
+    timed = {row["rung"]: row["seconds"] for row in seconds if "rung" in row}  # others are of peers
     cells = [(*line, f"{timed[line[0]]:,.1f}" if line[0] in timed else "–") for line in table.rows]
     place = breaking_rung(steps)
     if place is not None:
