@@ -201,16 +201,21 @@ def test_an_activation_may_turn_where_it_has_a_kink():
     assert float(node.lower) == 0
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("grid", ["one-sided", "two-sided", "symmetric"])
-def test_bounds_of_a_quantizer_are_exact_and_its_lines_hold(law: str, grid: str):
-    quantizer = Quantizer(3, grid=grid, low=-1.0, high=2.0, law=LAWS[law], learned=False)  # type: ignore[arg-type]
+def on_intervals(quantizer: Quantizer) -> tuple[Elementwise, Tensor]:
+    """Return the node of a quantizer on random intervals, and points from end to end of each, [points, ...]."""
     low = torch.rand(300, 2, dtype=torch.float64) * 6 - 3
     high = low + torch.rand(300, 2, dtype=torch.float64).square() * 3
     node = propagate(quantizer, Box(lower=low, upper=high), EXACT)
     assert isinstance(node, Elementwise)
+    return node, low + (high - low) * torch.linspace(0, 1, 65, dtype=torch.float64)[:, None, None]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("grid", ["one-sided", "two-sided", "symmetric"])
+def test_bounds_of_a_quantizer_are_exact_and_its_lines_hold(law: str, grid: str):
+    quantizer = Quantizer(3, grid=grid, low=-1.0, high=2.0, law=LAWS[law], learned=False)  # type: ignore[arg-type]
+    node, x = on_intervals(quantizer)
     lines = node.lines()
-    x = low + (high - low) * torch.linspace(0, 1, 65, dtype=torch.float64)[:, None, None]
     seen = []
     for u in (SMALLEST, 0.1, 0.5, 0.93, 1 - SMALLEST):
         y = quantizer(x, noise=torch.full_like(x, u))
@@ -223,16 +228,12 @@ def test_bounds_of_a_quantizer_are_exact_and_its_lines_hold(law: str, grid: str)
 
 def test_lines_of_a_quantizer_touch_its_staircase():
     quantizer = Quantizer(3, grid="two-sided", low=-1.0, high=2.0, law=SmoothRounding(), learned=False)
-    low = torch.rand(300, 2, dtype=torch.float64) * 6 - 3
-    high = low + torch.rand(300, 2, dtype=torch.float64).square() * 3
-    node = propagate(quantizer, Box(lower=low, upper=high), EXACT)
-    assert isinstance(node, Elementwise)
+    node, x = on_intervals(quantizer)
     lines = node.lines()
-    x = low + (high - low) * torch.linspace(0, 1, 65, dtype=torch.float64)[:, None, None]
     least, most = (quantizer(x, noise=torch.full_like(x, u)) for u in (SMALLEST, 1 - SMALLEST))
     below = (least - x * lines.slope_below - lines.offset_below).amin(0)
     above = (x * lines.slope_above + lines.offset_above - most).amin(0)
-    assert (torch.maximum(below, above) <= (high - low) / 64 + 1e-9).all()  # a corner may lie between two points
+    assert (torch.maximum(below, above) <= (x[-1] - x[0]) / 64 + 1e-9).all()  # a corner may lie between two points
     assert (lines.slope_below > 0).any()
 
 

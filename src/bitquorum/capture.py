@@ -28,11 +28,11 @@ def fits_capture(ensemble: Ensemble, objective: Objective, device: torch.device)
     Noise of weights, and the choice of one network among several, are keyed by the seed alone, which a record holds
     fixed.
     """
-    fixed = any(
+    seeded = any(
         isinstance(module, RandomSwitch) or (isinstance(module, QuantLayer) and module.quantizer.stochastic)
         for module in ensemble.modules()
     )
-    return device.type == "cuda" and not fixed and all(term.capturable for term in objective.terms)
+    return device.type == "cuda" and not seeded and all(term.capturable for term in objective.terms)
 
 
 @final

@@ -29,13 +29,12 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
     weight = torch.randn(sizes.shape, generator=generator)
     x, weight = (tensor.to(sizes.device).requires_grad_() for tensor in (x, weight))
     functions = dict(_functions(sizes.bits, sizes.device))
-    learned = {label: tuple(f.parameters()) for label, f in functions.items() if isinstance(f, _Learned)}
     kept = {label: kept_bytes(partial(function, x)) for label, function in functions.items()}
     for name in ("forward", "backward", "double"):
         contenders = tuple(
             Contender(
                 name=label,
-                run=partial(_pass, name, function, x, weight, learned.get(label, ())),
+                run=partial(_pass, name, function, x, weight),
                 kept=None if name == "forward" else kept[label],
             )
             for label, function in functions.items()
@@ -43,18 +42,19 @@ def quantizer(sizes: Sizes) -> Iterator[Workload]:
         yield Workload(name=f"quantizer, {name}", contenders=contenders)
         if torch.device(sizes.device).type == "cuda":
             graphs = tuple(
-                Contender(name=label, run=recorded(partial(_pass, name, function, x, weight, learned.get(label, ()))))
+                Contender(name=label, run=recorded(partial(_pass, name, function, x, weight)))
                 for label, function in functions.items()
                 if label == "hardtanh" or (label.startswith("SQ ") and not label.endswith("plain"))
             )
             yield Workload(name=f"quantizer, {name}, recorded", contenders=graphs)
 
 
-def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor, learned: tuple[Tensor, ...] = ()) -> None:
+def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor) -> None:
     if kind == "forward":
         with torch.no_grad():
             function(x)
         return
+    learned = function.parameters() if isinstance(function, nn.Module) else ()
     gradient, *_ = torch.autograd.grad(function(x), (x, *learned), weight, create_graph=kind == "double")
     if kind == "double":
         torch.autograd.grad(gradient, (x, weight), weight.detach(), allow_unused=True)
@@ -82,7 +82,7 @@ def _ours(quantize: Quantizer, mode: kernels.Mode, x: Tensor) -> Tensor:
 
 
 class _Learned(nn.Module):
-    """Run a quantizer in compiled code; a pass asks for the gradients of its parameters too."""
+    """Run a quantizer in compiled code, as a module: a pass asks for the gradients of its parameters too."""
 
     def __init__(self, quantize: Quantizer) -> None:
         super().__init__()
