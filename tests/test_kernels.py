@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from bitquorum import kernels, rng
 from bitquorum.conversion import Policy
 from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
-from bitquorum.kernels import choice, layout, noise
+from bitquorum.kernels import choice, layout, mean, noise
 from bitquorum.layers import QuantLayer
 from bitquorum.quantizers import (
     Deterministic,
@@ -121,6 +121,16 @@ def test_draw_follows_its_law(law, dtype, shape, monkeypatch):
     monkeypatch.setattr(noise, "_BLOCK", 16)
     tensor_scale = torch.tensor(scale, dtype=dtype)
     assert torch.equal(kernels.draw(keys, z, law=law, top=15, scale=tensor_scale), expected)
+
+
+def test_the_far_end_of_a_wide_smooth_clip_changes_no_bit_of_the_slope(monkeypatch):
+    z = torch.linspace(-5, 20, 20_001)
+    chosen = {"law": "smooth-rounding", "top": 15, "scale": 15 / 36.1}
+    near = kernels.slope_and_curvature(z, **chosen)
+    monkeypatch.setitem(mean._REACH, "smooth-rounding", 1e9)
+    both = kernels.slope_and_curvature(z, **chosen)
+    assert torch.equal(near[0], both[0])
+    assert (near[1] - both[1]).abs().max() < 2e-8 / chosen["scale"]
 
 
 def permuted(z: torch.Tensor) -> list[torch.Tensor]:

@@ -13,11 +13,14 @@ from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.objective import InputGradient, MemberCrossEntropy, Objective, Reduce, Step
 from bitquorum.quantizers import Deterministic, Law, Logistic, SmoothRounding
-from bitquorum.zoo import SmallResNet
+from bitquorum.zoo import ResNet18, SmallResNet
 
 
 def training(sizes: Sizes) -> Iterator[Workload]:
-    """Yield the step without and with the penalty; a step is the objective of one batch and its backward pass."""
+    """Yield the step of a small network without and with the penalty, and that of a ResNet-18 without.
+
+    A step is the objective of one batch and its backward pass.
+    """
     fused = fastest(sizes.device) == "compiled"
     for penalty in (False, True):
         contenders = [training_step("float", sizes, None, penalty=False)]
@@ -49,6 +52,12 @@ def training(sizes: Sizes) -> Iterator[Workload]:
                 if count > 1
             ]
         yield Workload(name=f"training{tail}", contenders=tuple(contenders), warmup=3)
+    large = ResNet18(width=64 if sizes.widths[0] > 4 else sizes.widths[0])
+    contenders = [training_step("float", sizes, None, penalty=False, build=large)]
+    for count in sizes.members:
+        label = "SQ SmoothRounding" + (f", M = {count}" if count > 1 else "")
+        contenders.append(training_step(label, sizes, SmoothRounding(), penalty=False, members=count, build=large))
+    yield Workload(name="training, ResNet-18", contenders=tuple(contenders), most=5)
 
 
 def training_step(
@@ -60,6 +69,7 @@ def training_step(
     members: int = 1,
     mode: kernels.Mode = "compiled",
     recorded: bool = False,
+    build: SmallResNet | ResNet18 | None = None,
 ) -> Contender:
     """Return the step of so many members under a noise law of activations; `None` for float members.
 
@@ -71,9 +81,10 @@ def training_step(
         members: Number of members with separate weights.
         mode: Of the kernels.
         recorded: Whether the step is a CUDA graph, as `Trainer` has it.
+        build: The network; a small one of the sizes' widths when omitted.
     """
     with rng.torch_seed(0):
-        build = SmallResNet(widths=sizes.widths, activation="relu")
+        build = build or SmallResNet(widths=sizes.widths, activation="relu")
         networks = [build(classes=10, shape=(3, 32, 32)) for _ in range(members)]
     policy = None if law is None else _policy(sizes.bits, law)
     ensemble = Ensemble.build(networks, [policy] * members).to(sizes.device).train()

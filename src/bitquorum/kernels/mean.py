@@ -12,7 +12,8 @@ rest contribute less than 1e-7.
   the default scale. What the thresholds beyond the range's end add to it at $x$ is what the true ones sum to at $-x$,
   so that one sum serves both sides of zero: a few densities one by one, and the rest,
   $\sum_m (-1)^{m+1} m\, y^m$ with $y = e^{-|x - t| / \rho}$ small, as geometric series in the thresholds.
-- The sum of smooth rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$.
+- The sum of smooth rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$; in the lower half of
+  a wide range the second part is below half a unit in the last place of the first.
 """
 
 import math
@@ -25,12 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.interface import InputError
-from bitquorum.kernels import choice, layout
+from bitquorum.kernels import choice, layout, noise
 
 SmoothLawName = Literal["logistic", "gaussian", "smooth-rounding"]
 Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, where a number would be a constant
 
-_REACH = {"logistic": 17.0, "gaussian": 5.5}  # in scales; beyond, the density is below 1e-7; the third has closed sums
+# In scales: beyond, the density is below 1e-7; the end of a smooth clip, below half a unit in the last place of 1/2.
+_REACH = {"logistic": 17.0, "gaussian": 5.5, "smooth-rounding": 18.0}
 _LARGEST = 80.0  # of the exponents, for float32
 _SERIES = 4  # terms for each logistic density that is not summed one by one: 5 exp(-5 d) is below 1e-7 from
 _NEAR = 4.0  # scales on
@@ -86,7 +88,7 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
     constants = {**_constants(law, top, scale), "order": order}
     if compiles(law, top, scale) and choice.applies(z):
         flat = layout.flatten(z.detach()).contiguous()
-        results = choice.call(sums, flat, _on_device(table, z.device), **constants)
+        results = choice.call(sums, flat, noise.numbers(table, z.device), **constants)
         if results is not None:
             return [layout.unflatten(result, z) for result in results]
     return layout.by_blocks(z, lambda part: sums(part, table, **constants), order)
@@ -103,7 +105,7 @@ def compiled_table(
     law: SmoothLawName, top: int, scale: float, device: torch.device
 ) -> tuple[Float[Tensor, "entries"], dict[str, Hashable]]:
     """Return the table of numbers and the constants that `sums` takes in compiled code, but for its order."""
-    return _on_device(_table(law, top, _half(law, top, scale), scale), device), _constants(law, top, scale)
+    return noise.numbers(_table(law, top, _half(law, top, scale), scale), device), _constants(law, top, scale)
 
 
 def _constants(law: SmoothLawName, top: int, scale: float) -> dict[str, Hashable]:
@@ -117,9 +119,12 @@ def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
 
 
 def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
-    """Return how many thresholds on a side are summed one by one, or `None` to sum all of them so."""
+    """Return how many thresholds on a side are summed one by one, or `None` to sum all of them so.
+
+    Smooth rounding has two ends in place of thresholds: 0 leaves the far one out.
+    """
     if law == "smooth-rounding":
-        return None
+        return 0 if top / 2 > _REACH[law] * scale else None
     if law == "logistic":  # the thresholds above the highest, which the series counts, must be out of reach
         half = max(1, math.ceil(_NEAR * scale - 0.5))
         far, cheaper = (top + 1) / 2 < _REACH[law] * scale, top <= _ONE_BY_ONE
@@ -153,12 +158,6 @@ def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tupl
     return (1 / scale, least, *constants)
 
 
-@lru_cache(maxsize=256)
-def _on_device(table: tuple[float, ...], device: torch.device) -> Float[Tensor, "entries"]:
-    with torch.inference_mode(False):
-        return torch.tensor(table, dtype=torch.float32, device=device)
-
-
 # The functions below are traced by the compiler; type checks at run time would break the trace.
 
 
@@ -175,7 +174,7 @@ def sums(
 ) -> tuple[Float[Tensor, "count"], ...]:
     """Return the slope and, for order 2, the curvature."""
     if law == "smooth-rounding":
-        return _smooth_rounding(z, table, top, order)
+        return _smooth_rounding(z, table, top, half, order)
     x = torch.minimum(z, top - z)
     if law == "logistic" and half is not None:
         sums = _logistic_periodic(x, table, half, terms, order)
@@ -190,9 +189,10 @@ def sums(
 
 
 @no_type_check
-def _smooth_rounding(z: Tensor, table: Table, top: int, order: int) -> tuple[Tensor, ...]:
+def _smooth_rounding(z: Tensor, table: Table, top: int, half: int | None, order: int) -> tuple[Tensor, ...]:
     x = torch.minimum(z, top - z)
-    s, t = (torch.sigmoid((part * table[0]).clamp(min=-_TINY)) for part in (x, x - top))
+    s = torch.sigmoid((x * table[0]).clamp(min=-_TINY))
+    t = torch.sigmoid(((x - top) * table[0]).clamp(min=-_TINY)) if half is None else 0.0
     if order == 1:
         return (s - t,)
     return s - t, (s * (1 - s) - t * (1 - t)) * table[0] * (top - 2 * z).sign()

@@ -21,6 +21,8 @@ from bitquorum.kernels import choice, layout
 LawName = Literal["logistic", "gaussian", "smooth-rounding", "uniform"]
 
 _BLOCK = 2 * layout.BLOCK
+_TERMS = 8  # of the polynomial in smooth rounding; with them its error is below 1e-7
+_NARROWEST = 0.05  # steps, for scales down to this
 # Giles, *Approximating the erfinv function*, 2010, table of single precision: near the centre, and in the tails.
 _CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087)
 _CENTRE += (-0.00125372503, -0.00417768164, 0.246640727, 1.50140941)
@@ -74,8 +76,9 @@ def draw(
     $$\mathrm{clip}(\mathrm{round}(z + e), 0, \mathrm{top})$$
 
     with $e$ from the law: $\rho \log(u / (1 - u))$, $\rho\,\Phi^{-1}(u)$, $u - 1/2$, or that plus
-    $\rho \log\frac{1 - e^{-u / \rho}}{1 - e^{-(1 - u) / \rho}}$ (smooth rounding). The noise of an element depends on
-    its row's key and on its logical place in the row: not on the memory layout, nor on the other rows.
+    $\rho \log\frac{1 - e^{-u / \rho}}{1 - e^{-(1 - u) / \rho}}$ (smooth rounding; see `edge_terms`). The noise of an
+    element depends on its row's key and on its logical place in the row: not on the memory layout, nor on the other
+    rows.
 
     Args:
         keys: One 64-bit key for each row.
@@ -91,25 +94,33 @@ def draw(
     """
     flat = layout.flatten(z, 1) if z.dim() > 1 else z[:, None]
     counter, halves = row_counter(z), key_halves(keys)
+    terms = edge_terms(law, scale)
     if choice.applies(z):
-        drawn = _draw_compiled(halves, counter, flat, top, scale, law)
+        drawn = _draw_compiled(halves, counter, flat, top, scale, law, terms)
         if drawn is not None:
             return layout.unflatten(drawn, z, 1)
     out = torch.empty_like(flat)
     for rows, columns in _blocks(out):
-        out[rows, columns] = codes(halves[rows], counter[columns], flat[rows, columns], top, scale, law=law)
+        out[rows, columns] = codes(halves[rows], counter[columns], flat[rows, columns], top, scale, terms, law=law)
     return layout.unflatten(out, z, 1)
 
 
 def _draw_compiled(
-    halves: Tensor, counter: Tensor, flat: Tensor, top: int, scale: Tensor | float, law: LawName
+    halves: Tensor,
+    counter: Tensor,
+    flat: Tensor,
+    top: int,
+    scale: Tensor | float,
+    law: LawName,
+    terms: tuple[float, ...] | None,
 ) -> Tensor | None:
     largest = scalar(float(top), flat.device)
     width = scale if isinstance(scale, Tensor) else scalar(float(scale), flat.device)
     rows = flat.shape[0]
     if rows == 1:  # a size of one would be compiled anew
         halves, flat = halves.repeat(2, 1), flat.repeat(2, 1)
-    drawn = choice.call(codes, halves, counter, flat.contiguous(), largest, width, law=law, compiled=True)
+    tables = () if terms is None else (numbers(terms, flat.device),)
+    drawn = choice.call(codes, halves, counter, flat.contiguous(), largest, width, *tables, law=law, compiled=True)
     return None if drawn is None else drawn[:rows]
 
 
@@ -132,6 +143,37 @@ def scalar(value: float, device: torch.device) -> Float[Tensor, ""]:
     """Return a number as a tensor, which compiled code takes without becoming another code."""
     with torch.inference_mode(False):
         return torch.tensor(value, device=device)
+
+
+@lru_cache(maxsize=256)
+def numbers(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "entries"]:
+    """Return numbers as a tensor, as `scalar` does."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def edge_terms(law: LawName, scale: Tensor | float) -> tuple[float, ...] | None:
+    r"""Return the polynomial in smooth rounding, or `None` where the noise is another, narrow, or of a learned scale.
+
+    With $w = u - 1/2$ the noise is $\rho \log(u / (1 - u)) + w\,T(w^2)$,
+
+    $$T(w^2) = 1 + \frac{\rho}{w} \log\frac{h(u)}{h(1 - u)}, \quad h(t) = (1 - e^{-t / \rho}) / t,$$
+
+    where T is analytic, so that a few powers of $w^2$ serve in place of two exponentials.
+    """
+    wide = law == "smooth-rounding" and not isinstance(scale, Tensor) and scale >= _NARROWEST
+    return _edge_terms(float(scale)) if wide else None
+
+
+@lru_cache(maxsize=256)
+def _edge_terms(scale: float) -> tuple[float, ...]:
+    """Return the coefficients of T by powers of w^2, from its values at Chebyshev's nodes in (0, 1/4)."""
+    angles = (torch.arange(_TERMS, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / _TERMS)
+    nodes = (1 + angles.cos()) / 2  # of 4 w^2
+    w = nodes.sqrt() / 2
+    ratio = torch.expm1(-(0.5 + w) / scale) / torch.expm1(-(0.5 - w) / scale) * (0.5 - w) / (0.5 + w)
+    solved = torch.linalg.solve(torch.linalg.vander(nodes, N=_TERMS), 1 + scale * ratio.log() / w)
+    return tuple((solved * 4.0 ** torch.arange(_TERMS, dtype=torch.float64, device="cpu")).tolist())
 
 
 def _blocks(out: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -198,6 +240,7 @@ def codes(
     z: Float[Tensor, "rows count"],
     top: Float[Tensor, ""] | int,
     scale: Float[Tensor, ""] | float,
+    terms: Float[Tensor, "entries"] | tuple[float, ...] | None = None,
     *,
     law: LawName,
     compiled: bool = False,
@@ -209,6 +252,13 @@ def codes(
     elif law == "gaussian":
         # The compiler knows erfinv only one element at a time.
         e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
+    elif law == "smooth-rounding" and terms is not None:
+        w = u - 0.5
+        square = w * w
+        odd = square * terms[_TERMS - 1]
+        for power in range(_TERMS - 2, 0, -1):
+            odd.add_(terms[power]).mul_(square)
+        e = u.logit_().mul_(scale).add_(odd.add_(terms[0]).mul_(w))
     elif law == "smooth-rounding":
         edges = torch.log(torch.expm1(-u / scale) / torch.expm1((u - 1) / scale))
         e = u.sub_(0.5).add_(edges.mul_(scale))

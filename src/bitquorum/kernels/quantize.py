@@ -70,6 +70,7 @@ def quantize(
 
 def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) -> Tensor | None:
     flat, counter = layout.flatten(x, 1), noise.row_counter(x)
+    terms = noise.edge_terms(grid.law, grid.scale)
     values = choice.call(
         _values,
         noise.key_halves(keys),
@@ -79,6 +80,7 @@ def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) ->
         step,
         noise.scalar(float(grid.top), x.device),
         noise.scalar(grid.scale, x.device),
+        *(() if terms is None else (noise.numbers(terms, x.device),)),
         law=grid.law,
     )
     return None if values is None else layout.unflatten(values, x, 1)
@@ -144,21 +146,31 @@ def _call(
     return choice.compute(kernel, *flats, low, step, table, order=order, **constants)
 
 
-# The functions below are traced by the compiler; type checks at run time would break the trace.
+# The functions below are traced by the compiler; type checks at run time would break the trace. A draw divides by the
+# step, so that a value on a threshold stays there; a slope may multiply, which is faster.
 
 
 @no_type_check
 def _values(
-    halves: Tensor, counter: Tensor, x: Tensor, low: Tensor, step: Tensor, top: Tensor, scale: Tensor, *, law: str
+    halves: Tensor,
+    counter: Tensor,
+    x: Tensor,
+    low: Tensor,
+    step: Tensor,
+    top: Tensor,
+    scale: Tensor,
+    terms: Tensor | None = None,
+    *,
+    law: str,
 ) -> Tensor:
     z = (x.float() - low) / step
-    code = noise.codes(halves, counter, z, top, scale, law=law, compiled=True)
+    code = noise.codes(halves, counter, z, top, scale, terms, law=law, compiled=True)
     return (low + code * step).to(x.dtype)
 
 
 @no_type_check
 def _slope(x: Tensor, g: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any) -> tuple[Tensor]:
-    (slope,) = mean.sums((x.float() - low) / step, table, **constants)
+    (slope,) = mean.sums((x.float() - low) * (1 / step), table, **constants)
     return ((g.float() * slope).to(g.dtype),)
 
 
@@ -167,7 +179,7 @@ def _slope_and_range(
     x: Tensor, g: Tensor, values: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     over, wide = x.float() - low, g.float()
-    (slope,) = mean.sums(over / step, table, **constants)
+    (slope,) = mean.sums(over * (1 / step), table, **constants)
     of_x = wide * slope
     return of_x.to(g.dtype), (wide - of_x).sum(), (wide * (values.float() - low) - of_x * over).sum()
 
@@ -176,9 +188,10 @@ def _slope_and_range(
 def _slope_and_curvature(
     x: Tensor, g: Tensor, v: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any
 ) -> tuple[Tensor, Tensor]:
-    slope, curvature = mean.sums((x.float() - low) / step, table, **constants)
+    rate = 1 / step
+    slope, curvature = mean.sums((x.float() - low) * rate, table, **constants)
     wide = v.float()
-    return (wide * slope).to(g.dtype), (wide * g.float() * curvature / step).to(x.dtype)
+    return (wide * slope).to(g.dtype), (wide * g.float() * curvature * rate).to(x.dtype)
 
 
 @no_type_check

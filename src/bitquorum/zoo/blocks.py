@@ -36,7 +36,8 @@ class PadShortcut(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the image with fewer pixels and more channels."""
-        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        taken = functional.avg_pool2d(x, 1, self.stride)  # a slice would give gradients in another memory layout
+        return functional.pad(taken, (0, 0, 0, 0, 0, self.extra))
 
     def extra_repr(self) -> str:
         """Return the fields for `repr`."""
