@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, FGSM, PGD, RandomNoise, Square
+from bitquorum.attacks import APGD, FGSM, PGD, Square
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Examples, Ladder, Report, evaluate_model, run_checks
@@ -178,24 +178,62 @@ def test_a_white_box_rung_that_queries_beat_is_found_out(digits: tuple[Tensor, T
     assert "masked" in verdicts["white-box strength"].reason
 
 
-def test_noise_that_the_attack_does_not_average_shows_in_the_curve(digits: tuple[Tensor, Tensor]):
-    class Loud(torch.autograd.Function):
-        """Return the input; the backward pass adds noise that drowns one draw's gradient."""
+class Rare(torch.autograd.Function):
+    """Return the input; most images have no gradient."""
 
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    @staticmethod
+    def forward(ctx, x, chosen):
+        ctx.save_for_backward(chosen)
+        return x.clone()
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient + 10 * gradient.abs().mean() * torch.randn_like(gradient)
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
 
-    ladder = replace(LADDER, claim=PGD(steps=10), rungs=(RandomNoise(tries=2),), check_images=60, draws=10)
-    model = Around(lambda net, x: net(Loud.apply(x)) + 1e-3 * torch.randn(len(x), 10)).eval()
-    report = evaluate_model(model, *digits, epsilon=EPSILON, ladder=ladder)
-    (verdict,) = (v for v in report.verdicts if v.name == "EOT curve")
-    assert verdict.facts["eot_2"] < verdict.facts["eot_1"]
+
+def rare(net: nn.Module, x: Tensor) -> Tensor:
+    return net(Rare.apply(x, torch.rand(len(x), 1, 1, 1) < 0.1)) + 1e-3 * torch.randn(len(x), 10)
+
+
+@pytest.mark.parametrize(("name", "eot", "reason"), [("EOT curve", 1, "it still falls"), ("frozen draw", 8, "known")])
+def test_gradients_that_few_draws_have_are_found_out(name: str, eot: int, reason: str, digits: tuple[Tensor, Tensor]):
+    ladder = replace(LADDER, claim=PGD(steps=10, eot=eot, random_start=False), rungs=(), check_images=60, draws=10)
+    report = evaluate_model(Around(rare).eval(), *digits, epsilon=0.2, ladder=ladder)
+    (verdict,) = (v for v in report.verdicts if v.name == name)
+    assert not verdict.passed, verdict
+    assert reason in verdict.reason
     assert not report.passed
+
+
+@pytest.mark.parametrize(
+    ("nearest", "farthest", "reason"),
+    [(0.01, 9.0, "one step leaves less than many"), (0.01, 0.015, "more steps leave more")],
+)
+def test_steps_that_harm_are_found_out(digits: tuple[Tensor, Tensor], nearest: float, farthest: float, reason: str):
+    clean = digits[0].flatten(1)
+    model = Ensemble([digits_network(0)]).eval().requires_grad_(False)
+
+    class Misleading(nn.Module):
+        """Return the ensemble's logits; their gradient points back at some distances from the image."""
+
+        stochastic, passes = False, 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            distance = torch.cdist(x.detach().flatten(1), clean, p=float("inf")).amin(1, keepdim=True)
+            logits = model(x)
+            back = (distance > nearest) & (distance < farthest)
+            return torch.where(back, 2 * logits.detach() - logits, logits)
+
+        def predict(self, logits: Tensor) -> Tensor:
+            return model.predict(logits)
+
+        def features(self, x: Tensor) -> Tensor:
+            return model.outputs(x).features[0].unflatten(0, (-1, len(x)))
+
+    ladder = replace(LADDER, claim=PGD(steps=10, random_start=False), rungs=(), check_images=60)
+    verdicts = {verdict.name: verdict for verdict in bench(digits, ladder, Misleading())}
+    assert not verdicts["effort"].passed
+    assert reason in verdicts["effort"].reason, verdicts["effort"]
 
 
 def test_verdicts_do_not_depend_on_the_order_of_calls(digits: tuple[Tensor, Tensor]):
