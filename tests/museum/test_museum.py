@@ -106,6 +106,8 @@ def test_a_visit_is_stored_and_resumes(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     monkeypatch.setattr("bitquorum.museum.run.evaluate_model", None)
     assert visit(plan, tmp_path)[1] == again
+    (stored.path / "metrics.jsonl").unlink()  # as after a kill before the last step
+    assert visit(plan, tmp_path)[1] == again
     table = museum_table(again)
     assert [row[0] for row in table.rows] == ["gradient-killer", "huge-logits"]
     assert "20 digits at 0.125" in table.note
