@@ -1,6 +1,7 @@
 """Check the kernels against independent arithmetic, and compiled code against plain code."""
 
 import inspect
+import math
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 from bitquorum import kernels, rng
 from bitquorum.conversion import Policy
 from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
-from bitquorum.kernels import choice, layout, mean, noise
+from bitquorum.kernels import choice, layout, mean, noise, polynomial
 from bitquorum.layers import QuantLayer
 from bitquorum.quantizers import (
     Deterministic,
@@ -312,7 +313,7 @@ def test_a_failing_compiler_leaves_the_results_right(monkeypatch):
         raise TorchDynamoException("no space left")
 
     monkeypatch.setattr(choice, "compiler_available", lambda device="cpu": device == "cpu")
-    monkeypatch.setattr(choice, "_compile", lambda kernel, constants: fail)
+    monkeypatch.setattr(choice, "_compile", lambda kernel, exact, constants: fail)
     z, keys = values(4, 9), keys_of(4)
     expected = kernels.draw(keys, z, law="logistic", top=15, scale=0.25)
     kernels.use("compiled")
@@ -325,7 +326,7 @@ def test_a_compiler_that_fails_in_the_backward_pass_leaves_the_gradients_right(m
     """Forward kernels were compiled, then the disk was full; all kernels here run plainly, as if compiled."""
     failing = False
 
-    def run(kernel, constants):
+    def run(kernel, exact, constants):
         def kernel_or_failure(*tensors):
             if failing:
                 raise TorchDynamoException("no space left")
@@ -474,6 +475,29 @@ def close(results, expected, rtol=1e-4):
     for result, known in zip(results, expected, strict=True):
         assert result.dtype == known.dtype
         torch.testing.assert_close(result, known, rtol=rtol, atol=rtol * float(known.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("function", "reference", "low", "high", "error"),
+    [
+        (polynomial.logit, torch.logit, 2.0**-24, 1 - 2.0**-24, 3),
+        (polynomial.exp2, torch.exp2, -90.0, 90.0, 3),
+        (polynomial.cosine, lambda turns: torch.cos(2 * math.pi * turns), -0.5, 0.5, 8),
+        (polynomial.sine, lambda turns: torch.sin(2 * math.pi * turns), -0.5, 0.5, 8),
+    ],
+)
+def test_elementary_functions_of_compiled_code(compiled, function, reference, low, high, error):
+    x = torch.linspace(low, high, 100_003)
+    if function is polynomial.logit:
+        x = ((x * 2**23).floor() + 0.5) * 2.0**-23  # as `uniform` makes them
+    known, found = reference(x.double()), choice.call(function, x)
+    assert not torch.equal(found, function(x))  # compiled, another one
+    allowed = error * 2.0**-24 * (known.abs() if function in (polynomial.logit, polynomial.exp2) else 1)
+    assert bool(((found - known).abs() <= allowed).all())
+    torch.testing.assert_close(function(x), found, rtol=2e-5, atol=1e-6)
+    if function is not polynomial.logit:  # which nobody calls but with numbers just drawn
+        assert bool(choice.call(function, torch.full((2,), math.nan)).isnan().all())
 
 
 @needs_compiler

@@ -19,6 +19,18 @@ from bitquorum.interface import InputError, NoEffectWarning
 
 Mode = Literal["eager", "compiled"]
 
+# By default a value made by fifty operations, or from more than four numbers, a table's entries among them, is also
+# written to memory, though nobody reads it there. The noise of a draw would take minutes to compile without that limit.
+_OPTIONS: dict[str, Any] = {
+    "cpp.dynamic_threads": True,
+    "realize_reads_threshold": 50,
+    "realize_acc_reads_threshold": 50,
+}
+_INEXACT: dict[str, Any] = {
+    "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one operation, rounded once
+    "realize_opcount_threshold": 200,
+}
+
 
 class _State:
     """Hold the process-wide choice: autograd's own threads must see it, so it is no context variable."""
@@ -100,13 +112,16 @@ def applies(z: Tensor, types: tuple[torch.dtype, ...] = (torch.float32,)) -> boo
     )
 
 
-def call(kernel: Callable[..., Any], *tensors: Tensor, **constants: Hashable) -> Any:
-    """Return the result of the compiled kernel, or `None`, after a warning, where the compiler failed."""
+def call(kernel: Callable[..., Any], *tensors: Tensor, exact: bool = False, **constants: Hashable) -> Any:
+    """Return the result of the compiled kernel, or `None`, after a warning, where the compiler failed.
+
+    Exact ones round after each operation, as plain code does, so that a level is that level to the last bit.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
     try:
         # A view would bring the shape of its base into the guards, and each new base another compilation.
-        return _compile(kernel, tuple(constants.items()))(*(tensor.data for tensor in tensors))
+        return _compile(kernel, exact, tuple(constants.items()))(*(tensor.data for tensor in tensors))
     except TorchDynamoException as error:
         device = tensors[0].device.type
         _State.failed |= {device}
@@ -123,7 +138,9 @@ def compute(kernel: Callable[..., Any], *tensors: Tensor, **constants: Hashable)
 
 @cache
 @no_type_check
-def _compile(kernel: Callable[..., Any], constants: tuple[tuple[str, Hashable], ...]) -> Callable[..., Any]:
+def _compile(
+    kernel: Callable[..., Any], exact: bool, constants: tuple[tuple[str, Hashable], ...]
+) -> Callable[..., Any]:
     named = dict(constants)
 
     def specialized(*tensors: Tensor) -> Any:
@@ -134,7 +151,7 @@ def _compile(kernel: Callable[..., Any], constants: tuple[tuple[str, Hashable], 
         importlib.import_module("torch._inductor.compile_fx")
     # Dynamo limits the recompilations of a code object: each kernel gets one of its own.
     specialized.__code__ = specialized.__code__.replace(co_name=kernel.__name__)
-    return torch.compile(specialized, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
+    return torch.compile(specialized, dynamic=True, fullgraph=True, options=_OPTIONS if exact else _OPTIONS | _INEXACT)
 
 
 def _on_path(variable: str, *names: str) -> bool:

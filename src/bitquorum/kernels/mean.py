@@ -10,23 +10,25 @@ rest contribute less than 1e-7.
   end the density is periodic, a Fourier series with the coefficients $2 m \theta / \sinh(m \theta)$,
   $\theta = 2 \pi^2 \rho$ (Poisson's summation; the transform of the logistic density is $x / \sinh x$): four terms at
   the default scale. What the thresholds beyond the range's end add to it at $x$ is what the true ones sum to at $-x$,
-  so that one sum serves both sides of zero: a few densities one by one, and the rest,
-  $\sum_m (-1)^{m+1} m\, y^m$ with $y = e^{-|x - t| / \rho}$ small, as geometric series in the thresholds.
+  so that one sum serves both sides of zero. It is analytic in $q = e^{-|x| / \rho}$, with its next pole at
+  $-e^{1 / (2 \rho)}$: q times a polynomial in $2 q - 1$, by which small sums are as exact as large ones.
 - The sum of smooth rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$; in the lower half of
   a wide range the second part is below half a unit in the last place of the first.
 """
 
 import math
 from collections.abc import Hashable
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, Literal, TypeAlias, no_type_check
 
 import torch
 from jaxtyping import Float
+from numpy.polynomial.chebyshev import cheb2poly
 from torch import Tensor
 
 from bitquorum.interface import InputError
-from bitquorum.kernels import choice, layout, noise
+from bitquorum.kernels import choice, layout, noise, polynomial
 
 SmoothLawName = Literal["logistic", "gaussian", "smooth-rounding"]
 Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, where a number would be a constant
@@ -34,9 +36,9 @@ Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, 
 # In scales: beyond, the density is below 1e-7; the end of a smooth clip, below half a unit in the last place of 1/2.
 _REACH = {"logistic": 17.0, "gaussian": 5.5, "smooth-rounding": 18.0}
 _LARGEST = 80.0  # of the exponents, for float32
-_SERIES = 4  # terms for each logistic density that is not summed one by one: 5 exp(-5 d) is below 1e-7 from
-_NEAR = 4.0  # scales on
+_END = 19.0  # digits, in natural logarithms, of the polynomial for the thresholds beyond the end
 _TINY = 60.0  # exponent of the least density: smaller ones would soon be denormal numbers
+_POWERS = 15  # coefficients of a Fourier series up to which powers of the cosine are as exact, and which compile soon
 _FOURIER = 22.0  # the multiple of theta from which a coefficient is below 1e-7
 _ONE_BY_ONE = 6  # thresholds up to which the plain sum is cheaper
 _UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
@@ -97,8 +99,11 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
 def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
     """Return whether the sums are short enough for compiled code, and inside float32."""
     half = _half(law, top, scale)
-    count = top if half is None else half + _terms(scale) if law == "logistic" else 2 * half + 1
-    return fits(law, top, scale) and (law == "smooth-rounding" or count <= _UNROLLED)
+    if law == "smooth-rounding":
+        return True
+    if law == "logistic" and half is not None:
+        return fits(law, top, scale) and _terms(scale) < _POWERS
+    return fits(law, top, scale) and (top if half is None else 2 * half + 1) <= _UNROLLED
 
 
 def compiled_table(
@@ -121,12 +126,14 @@ def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
 def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
     """Return how many thresholds on a side are summed one by one, or `None` to sum all of them so.
 
-    Smooth rounding has two ends in place of thresholds: 0 leaves the far one out.
+    Smooth rounding has two ends in place of thresholds: 0 leaves the far one out. Logistic noise has a polynomial in
+    place of those beyond an end, with so many coefficients.
     """
     if law == "smooth-rounding":
         return 0 if top / 2 > _REACH[law] * scale else None
     if law == "logistic":  # the thresholds above the highest, which the series counts, must be out of reach
-        half = max(1, math.ceil(_NEAR * scale - 0.5))
+        pole = 1 + 2 * math.exp(0.5 / scale)
+        half = math.ceil(_END / math.acosh(pole)) + 1
         far, cheaper = (top + 1) / 2 < _REACH[law] * scale, top <= _ONE_BY_ONE
         return None if far or (cheaper and _exponents_fit(law, top / 2, scale)) else half
     half = math.ceil(_REACH[law] * scale) + 1
@@ -144,10 +151,8 @@ def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tupl
     if law == "smooth-rounding":
         return (1 / scale,)
     if law == "logistic" and half is not None:
-        ratio, theta = math.exp(-1 / scale), 2 * math.pi**2 * scale
-        series = ((-1) ** (m + 1) * m / (1 - ratio**m) for m in range(1, _SERIES + 1))
-        fourier = ((-1) ** m * scale * 2 * m * theta / math.sinh(m * theta) for m in range(1, _terms(scale) + 1))
-        return (1 / scale, math.exp(-0.5 / scale), ratio, *series, scale, *fourier)
+        ends = (polynomial.fit(partial(_end, scale, order), half, -1.0, 1.0) for order in (1, 2))
+        return (-1 / (scale * math.log(2)), *_fourier(scale), *chain.from_iterable(ends))
     if half is None:
         offsets = [k + 0.5 - top / 2 for k in range(top)]
         least = offsets[0] / scale - 30.0
@@ -156,6 +161,25 @@ def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tupl
         least = -1 / scale  # below the window everything is masked
     constants = (math.exp(t / scale) if law == "logistic" else t / scale for t in offsets)
     return (1 / scale, least, *constants)
+
+
+def _fourier(scale: float) -> tuple[float, ...]:
+    """Return the coefficients of cosines of multiples of an angle or, where they are few, of powers of its cosine.
+
+    Powers are cheaper in compiled code; of many they would cancel.
+    """
+    theta = 2 * math.pi**2 * scale
+    series = [1.0, *((-1) ** m * 2 * m * theta / math.sinh(m * theta) for m in range(1, _terms(scale) + 1))]
+    return tuple(cheb2poly(series).tolist()) if len(series) <= _POWERS else tuple(series)
+
+
+def _end(scale: float, order: int, place: Tensor) -> Tensor:
+    """Return the densities (or their slopes) of thresholds |x| + 1/2, |x| + 3/2, ... away, over q, at 2 q - 1."""
+    thresholds = torch.arange(math.ceil(45 * scale) + 1, dtype=torch.float64, device="cpu") + 0.5
+    decay = torch.exp(-thresholds / scale)
+    y = (1 + place[:, None]) / 2 * decay
+    density = decay / (1 + y) ** 2 / scale
+    return (density if order == 1 else density * (1 - y) / (1 + y) / scale).sum(1)
 
 
 # The functions below are traced by the compiler; type checks at run time would break the trace.
@@ -182,9 +206,11 @@ def sums(
         anchor = None if half is None else x.floor().clamp_(min=-half - 1)
         x.sub_(top / 2 if half is None else anchor).mul_(table[0]).clamp_(min=table[1])
         sums = _logistic(x, table, top, order) if law == "logistic" else _gaussian(x, anchor, table, top, half, order)
-    sums[0].mul_(table[0])
+        sums[0].mul_(table[0])
+        if order == 2:
+            sums[1].mul_(table[0]).mul_(table[0])
     if order == 2:
-        sums[1].mul_(table[0]).mul_(table[0]).mul_((top - 2 * z).sign_())
+        sums[1].mul_((top - 2 * z).sign_())
     return sums
 
 
@@ -217,45 +243,40 @@ def _logistic(x: Tensor, table: Table, top: int, order: int) -> tuple[Tensor, ..
 @no_type_check
 def _logistic_periodic(x: Tensor, table: Table, half: int, terms: int, order: int) -> tuple[Tensor, ...]:
     """Sum over thresholds from 1/2 to infinity; x in steps, in the lower half."""
-    rate, ratio = table[0], table[2]
-    y = torch.exp((-x.abs() * rate).clamp(min=-_TINY)) * table[1]
-    end = end_slope = 0.0  # of the thresholds |x| + 1/2, |x| + 3/2, ... away
-    for _ in range(half):
-        r = 1 / (1 + y)
-        density = y * r * r
-        end, end_slope = end + density, end_slope + density * (1 - y) * r
-        y = y * ratio
-    rest = rest_slope = 0.0
-    for m in range(_SERIES, 0, -1):  # by Horner: powers of y would be denormal numbers, which are slow
-        rest, rest_slope = (rest + table[2 + m]) * y, (rest_slope + m * table[2 + m]) * y
-    end, end_slope = end + rest, end_slope + rest_slope
+    q = polynomial.exp2((x.abs() * table[0]).clamp(min=-_TINY))
+    place = 2 * q - 1
+    series = [table[1 + m] for m in range(terms + 1)]
+    ends = [[table[2 + terms + n * half + m] for m in range(half)] for n in range(order)]
     inside, turns = x >= 0, x.clamp(min=0)
-    turns = (turns - turns.round()) * (2 * math.pi)
-    coefficients = [table[3 + _SERIES + m] for m in range(terms + 1)]
-    cosine = torch.cos(turns)
-    first = _chebyshev(cosine, coefficients)
-    first = torch.where(inside, first - end, end)
+    turns = turns - turns.round()
+    cosine = polynomial.cosine(turns)
+    end = polynomial.horner(ends[0], place) * q
+    first = torch.where(inside, _cosines(cosine, series) - end, end)
     if order == 1:
         return (first,)
-    second = -torch.sin(turns) * _chebyshev_slope(cosine, coefficients) * (2 * math.pi / rate)
-    return first, torch.where(inside, second, 0.0) + end_slope
+    second = polynomial.sine(turns) * _slope_of_cosines(cosine, series) * (-2 * math.pi)
+    return first, torch.where(inside, second, 0.0) + polynomial.horner(ends[1], place) * q
 
 
 @no_type_check
-def _chebyshev(c: Tensor, coefficients: list[Any]) -> Tensor:
-    """Return the sum of coefficients times the cosines of multiples of the angle with cosine c, by Clenshaw."""
+def _cosines(c: Tensor, series: list[Any]) -> Tensor:
+    """Return the Fourier series at the angle with cosine c; see `_fourier`."""
+    if len(series) <= _POWERS:
+        return polynomial.horner(series, c)
     a = b = torch.zeros_like(c)
-    for coefficient in reversed(coefficients[1:]):
+    for coefficient in reversed(series[1:]):
         a, b = coefficient + 2 * c * a - b, a
-    return coefficients[0] + c * a - b
+    return series[0] + c * a - b
 
 
 @no_type_check
-def _chebyshev_slope(c: Tensor, coefficients: list[Any]) -> Tensor:
-    """Return the derivative of `_chebyshev` by c."""
+def _slope_of_cosines(c: Tensor, series: list[Any]) -> Tensor:
+    """Return the derivative of `_cosines` by c."""
+    if len(series) <= _POWERS:
+        return polynomial.horner([m * series[m] for m in range(1, len(series))] or [0.0], c)
     a = b = torch.zeros_like(c)
-    for m in range(len(coefficients) - 1, 0, -1):
-        a, b = m * coefficients[m] + 2 * c * a - b, a
+    for m in range(len(series) - 1, 0, -1):
+        a, b = m * series[m] + 2 * c * a - b, a
     return a
 
 

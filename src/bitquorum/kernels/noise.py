@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bitquorum.kernels import choice, layout
+from bitquorum.kernels import choice, layout, polynomial
 
 LawName = Literal["logistic", "gaussian", "smooth-rounding", "uniform"]
 
@@ -120,7 +120,8 @@ def _draw_compiled(
     if rows == 1:  # a size of one would be compiled anew
         halves, flat = halves.repeat(2, 1), flat.repeat(2, 1)
     tables = () if terms is None else (numbers(terms, flat.device),)
-    drawn = choice.call(codes, halves, counter, flat.contiguous(), largest, width, *tables, law=law, compiled=True)
+    inputs = (halves, counter, flat.contiguous(), largest, width, *tables)
+    drawn = choice.call(codes, *inputs, exact=True, law=law, compiled=True)
     return None if drawn is None else drawn[:rows]
 
 
@@ -167,13 +168,14 @@ def edge_terms(law: LawName, scale: Tensor | float) -> tuple[float, ...] | None:
 
 @lru_cache(maxsize=256)
 def _edge_terms(scale: float) -> tuple[float, ...]:
-    """Return the coefficients of T by powers of w^2, from its values at Chebyshev's nodes in (0, 1/4)."""
-    angles = (torch.arange(_TERMS, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / _TERMS)
-    nodes = (1 + angles.cos()) / 2  # of 4 w^2
-    w = nodes.sqrt() / 2
-    ratio = torch.expm1(-(0.5 + w) / scale) / torch.expm1(-(0.5 - w) / scale) * (0.5 - w) / (0.5 + w)
-    solved = torch.linalg.solve(torch.linalg.vander(nodes, N=_TERMS), 1 + scale * ratio.log() / w)
-    return tuple((solved * 4.0 ** torch.arange(_TERMS, dtype=torch.float64, device="cpu")).tolist())
+    """Return the coefficients of T by powers of w^2."""
+
+    def edge(square: Tensor) -> Tensor:
+        w = square.sqrt()
+        ratio = torch.expm1(-(0.5 + w) / scale) / torch.expm1(-(0.5 - w) / scale) * (0.5 - w) / (0.5 + w)
+        return 1 + scale * ratio.log() / w
+
+    return polynomial.fit(edge, _TERMS, 0.0, 0.25)
 
 
 def _blocks(out: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -248,17 +250,13 @@ def codes(
     """Return what `draw` says, of flat rows."""
     u = _uniform(halves, counter).to(z.dtype)
     if law == "logistic":
-        e = u.logit_().mul_(scale)
+        e = polynomial.logit(u) * scale
     elif law == "gaussian":
         # The compiler knows erfinv only one element at a time.
         e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
     elif law == "smooth-rounding" and terms is not None:
         w = u - 0.5
-        square = w * w
-        odd = square * terms[_TERMS - 1]
-        for power in range(_TERMS - 2, 0, -1):
-            odd.add_(terms[power]).mul_(square)
-        e = u.logit_().mul_(scale).add_(odd.add_(terms[0]).mul_(w))
+        e = polynomial.logit(u) * scale + polynomial.horner([terms[power] for power in range(_TERMS)], w * w) * w
     elif law == "smooth-rounding":
         edges = torch.log(torch.expm1(-u / scale) / torch.expm1((u - 1) / scale))
         e = u.sub_(0.5).add_(edges.mul_(scale))

@@ -81,6 +81,7 @@ def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) ->
         noise.scalar(float(grid.top), x.device),
         noise.scalar(grid.scale, x.device),
         *(() if terms is None else (noise.numbers(terms, x.device),)),
+        exact=True,
         law=grid.law,
     )
     return None if values is None else layout.unflatten(values, x, 1)

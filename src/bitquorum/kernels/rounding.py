@@ -30,7 +30,7 @@ def round_symmetric(
         factor: Of the gradient of the step, f.
     """
     rows = layout.flatten(x.detach(), 1) if step.numel() > 1 else layout.flatten(x.detach())[None]
-    values = choice.call(_values, rows, step.detach().view(-1), noise.scalar(float(top), x.device))
+    values = choice.call(_values, rows, step.detach().view(-1), noise.scalar(float(top), x.device), exact=True)
     if values is None:
         return None
     values = _like(values, x)
