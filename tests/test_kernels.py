@@ -261,6 +261,7 @@ def test_every_noise_scale_gives_a_finite_slope(scale, top):
 def test_narrow_logistic_noise_is_refused():
     assert kernels.fits("logistic", 255, 0.25)
     assert not kernels.fits("logistic", 3, 0.005)
+    assert not kernels.fits("logistic", 255, 1e-4)  # nor does a table overflow
     assert kernels.fits("gaussian", 3, 0.01)
     with pytest.raises(InputError, match=r"fits float32, got scale=0.005 on 4 levels"):
         kernels.slope(torch.zeros(3), law="logistic", top=3, scale=0.005)

@@ -132,7 +132,7 @@ def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
     if law == "smooth-rounding":
         return 0 if top / 2 > _REACH[law] * scale else None
     if law == "logistic":  # the thresholds above the highest, which the series counts, must be out of reach
-        pole = 1 + 2 * math.exp(0.5 / scale)
+        pole = 1 + 2 * math.exp(min(0.5 / scale, _LARGEST))  # of the polynomial, in 2 q - 1, to the left
         half = math.ceil(_END / math.acosh(pole)) + 1
         far, cheaper = (top + 1) / 2 < _REACH[law] * scale, top <= _ONE_BY_ONE
         return None if far or (cheaper and _exponents_fit(law, top / 2, scale)) else half
@@ -147,7 +147,7 @@ def _terms(scale: float) -> int:
 
 @lru_cache(maxsize=256)
 def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
-    """Return 1 / scale, the least argument in scales, and a constant for each threshold (or for both series)."""
+    """Return 1 / scale, the least argument in scales, and a constant for each threshold; or, for series, their own."""
     if law == "smooth-rounding":
         return (1 / scale,)
     if law == "logistic" and half is not None:
