@@ -98,9 +98,9 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
 
 def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
     """Return whether the sums are short enough for compiled code, and inside float32."""
-    half = _half(law, top, scale)
     if law == "smooth-rounding":
         return True
+    half = _half(law, top, scale)
     if law == "logistic" and half is not None:
         return fits(law, top, scale) and _terms(scale) < _POWERS
     return fits(law, top, scale) and (top if half is None else 2 * half + 1) <= _UNROLLED

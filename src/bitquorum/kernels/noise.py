@@ -250,7 +250,7 @@ def codes(
     """Return what `draw` says, of flat rows."""
     u = _uniform(halves, counter).to(z.dtype)
     if law == "logistic":
-        e = polynomial.logit(u) * scale
+        e = polynomial.logit(u).mul_(scale)
     elif law == "gaussian":
         # The compiler knows erfinv only one element at a time.
         e = _probit(u) * scale if compiled else u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2) * scale)
@@ -269,7 +269,5 @@ def codes(
 def _probit(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     w = -torch.log(4 * u * (1 - u))
     centre, tail = w - 2.5, torch.sqrt(w) - 3
-    p, q = torch.full_like(u, _CENTRE[0]), torch.full_like(u, _TAIL[0])
-    for a, b in zip(_CENTRE[1:], _TAIL[1:], strict=True):
-        p, q = a + p * centre, b + q * tail
+    p, q = polynomial.horner(_CENTRE[::-1], centre), polynomial.horner(_TAIL[::-1], tail)
     return torch.where(w < 5, p, q) * (2 * u - 1) * math.sqrt(2)
