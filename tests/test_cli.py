@@ -59,6 +59,7 @@ COMMANDS = {
     "report": "Write one page about stored runs",
     "bench": "Train and attack a suite of defences under one ladder",
     "museum": "Climb the ladder with broken defences",
+    "compare": "Compare the arms of an attacked run image by image",
     "show": "Print the stored table of a run",
     "list": "List the stored runs, the presets or the suites",
     "publish": "Copy a run's config, metrics and environment",
@@ -298,6 +299,16 @@ def test_show_and_list_and_publish_only_read(runs: Path, tmp_path: Path):
     assert call("show", str(tmp_path / "out")) == call("show", str(stored.path)).replace(
         str(stored.path), str(tmp_path / "out")
     )
+
+
+def test_compare_prints_paired_differences_and_show_repeats_them(tiny: str, tmp_path: Path):
+    place = ("--runs", str(tmp_path / "runs"))
+    call("run", tiny, *place)
+    text = call("compare", "tiny", "--to", "sq", *place)
+    assert "arm minus clean" in text
+    assert "plain sq" in text
+    assert "paired by image" in text
+    assert "plain sq" in call("show", "tiny", *place)
 
 
 def test_show_prints_a_config_that_replays_and_markdown_as_it_is(runs: Path):

@@ -20,6 +20,7 @@ from bitquorum.report import (
     certificate_table,
     comparison,
     detectors,
+    difference_table,
     ladder_seconds,
     museum_table,
     peer_seconds,
@@ -37,13 +38,14 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|ladder|climb-seconds|rungs|certified|museum|peers|seconds|plane|detectors|rejections|bench|costs|"
-    r"times): (\S+) -->\n"
+    r"<!-- (results|differences|ladder|climb-seconds|rungs|certified|museum|peers|seconds|plane|detectors|rejections|"
+    r"bench|costs|times): (\S+) -->\n"
     r"(.*?)<!-- end -->",
     re.S,
 )
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
+    "differences": ("*/*/differences.jsonl", difference_table),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
     "climb-seconds": ("ladders/*/*/seconds.jsonl", ladder_seconds),
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),

@@ -2,7 +2,7 @@
 
 | file | commands |
 |---|---|
-| `experiments` | `run`, `train`, `show`, `list`, `publish` |
+| `experiments` | `run`, `train`, `compare`, `show`, `list`, `publish` |
 | `attacks` | `evaluate`, `museum` |
 | `bench` | `bench` |
 | `certify` | `certify` |

@@ -1,4 +1,4 @@
-"""Run, train, show, list and publish experiments."""
+"""Run, train, compare, show, list and publish experiments."""
 
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +74,31 @@ def train(
 
 
 @app.command()
+def compare(
+    query: Query,
+    reference: Annotated[
+        str | None, typer.Option("--to", help="Arm that the others are compared to; the first one by default.")
+    ] = None,
+    runs: Root = RUNS,
+) -> None:
+    """Compare the arms of an attacked run image by image: differences of accuracies, with intervals.
+
+    Arms of one run meet the same images, so that paired differences tell far smaller gains from nothing than the
+    intervals of the arms do. They are stored beside each evaluation and each ladder.
+
+    Example: `bitquorum compare digits --to low-bit`.
+    """
+    from bitquorum.experiment import compare_run
+    from bitquorum.report import difference_table
+    from bitquorum.store import Run
+
+    stored = Run.find(runs, query)
+    for rows in compare_run(stored, reference=reference):
+        print_table(difference_table(rows))
+    out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
+
+
+@app.command()
 def show(
     query: Query,
     runs: Root = RUNS,
@@ -82,9 +107,18 @@ def show(
 ) -> None:
     """Print the stored table of a run, without computing anything."""
     from bitquorum.bench import is_bench, summary
-    from bitquorum.experiment import ladder_rows, ladders, results
+    from bitquorum.experiment import differences, ladder_rows, ladders, results
     from bitquorum.museum import is_museum, museum_rows
-    from bitquorum.report import bench_table, bench_tables, bracket, comparison, museum_table, peer_seconds, peer_table
+    from bitquorum.report import (
+        bench_table,
+        bench_tables,
+        bracket,
+        comparison,
+        difference_table,
+        museum_table,
+        peer_seconds,
+        peer_table,
+    )
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
@@ -100,6 +134,7 @@ def show(
     else:
         tables = [comparison(rows)] if (rows := results(stored)) else []
         tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
+        tables += [difference_table(rows) for rows in differences(stored)]
     if markdown and tables:
         print("\n\n".join(table.markdown() for table in tables))
     elif is_museum(stored) or is_bench(stored):

@@ -33,8 +33,8 @@ def print_verdicts(rows: list[dict[str, Any]]) -> int:
 
 def show_run(stored: "Run") -> None:
     """Print everything that a run has stored, without computing."""
-    from bitquorum.experiment import ceilings, certificates, ladder_rows, ladders, results, verdicts
-    from bitquorum.report import bracket, certificate_table, comparison, environments
+    from bitquorum.experiment import ceilings, certificates, differences, ladder_rows, ladders, results, verdicts
+    from bitquorum.report import bracket, certificate_table, comparison, difference_table, environments
 
     if rows := results(stored):
         print_table(comparison(rows))
@@ -44,6 +44,8 @@ def show_run(stored: "Run") -> None:
         if rows := ladder_rows(stored, ladder):
             print_table(bracket(rows))
             print_verdicts(verdicts(stored, ladder))
+    for rows in differences(stored):
+        print_table(difference_table(rows))
     for certify, rows in certificates(stored):
         print_table(certificate_table(rows, ceilings(stored, certify.epsilons)))
     out.print(f"Computed in {escape(environments(stored.environments()))}.")

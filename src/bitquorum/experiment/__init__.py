@@ -1,6 +1,7 @@
 """Run experiments into the store: build, train, attack; every part resumes where a kill left it."""
 
 from bitquorum.experiment.certify import attacked_epsilons, ceilings, certificates, certify_run
+from bitquorum.experiment.compare import compare_run, differences
 from bitquorum.experiment.detect import detect_run, last_attack
 from bitquorum.experiment.ladder import climb_run, ladder_rows, ladders, usual_epsilons, verdicts
 from bitquorum.experiment.plane import correlations_of, plane_run
@@ -27,9 +28,11 @@ __all__ = [
     "certificates",
     "certify_run",
     "climb_run",
+    "compare_run",
     "correlations_of",
     "create",
     "detect_run",
+    "differences",
     "evaluate",
     "evaluate_arms",
     "evaluated_images",

@@ -3,6 +3,7 @@
 from bitquorum.report.bench import bench_csv, bench_files, bench_table, bench_tables
 from bitquorum.report.benchmark import benchmark_table
 from bitquorum.report.certify import certificate_table
+from bitquorum.report.compare import difference_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
 from bitquorum.report.ladder import bracket, ladder_seconds, rungs
 from bitquorum.report.museum import museum_table, peer_seconds, peer_table
@@ -23,6 +24,7 @@ __all__ = [
     "correlation_table",
     "detection_table",
     "detectors",
+    "difference_table",
     "environments",
     "epsilon_label",
     "ladder_seconds",

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any, Final
 
 from bitquorum.report.page.markup import Html, element, grid
-from bitquorum.report.tables import Table, epsilon_label
+from bitquorum.report.tables import Table, epsilon_label, points
 
 _SHOWN: Final = ("defence", "members", "clean", "claim", "worst", "vs ref", "detect")
 _COSTS: Final = ("KiB", "M MAC", "G bit-op", "train s", "ms/image", "failed checks")
@@ -66,7 +66,7 @@ def _accuracies(row: dict[str, Any]) -> tuple[str, ...]:
         row["title"] + (" (AT)" if row["adversarial"] else ""),
         row["members"],
         *(_accuracy(row[name]) for name in ("clean", "claim", "worst")),
-        "ref" if row["title"] == row["reference"] else _difference(row.get("difference")),
+        "ref" if row["title"] == row["reference"] else points(row.get("difference")),
         "-" if tpr is None else f"{100 * tpr:.0f}",
     )
 
@@ -84,13 +84,6 @@ def _costs(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _accuracy(found: dict[str, Any]) -> str:
     return f"{100 * found['value']:.1f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    star = "*" if found["adjusted_p"] < 0.05 else ""
-    return f"{100 * found['value']:+.1f} [{100 * found['low']:+.0f}, {100 * found['high']:+.0f}]{star}"
 
 
 def _note(rows: Sequence[dict[str, Any]]) -> str:

@@ -90,3 +90,17 @@ def percent(row: Mapping[str, Any] | None) -> str:
         return f"{100 * row['value']:.1f}"
     digits = 0 if row["images"] < 1000 else 1  # of the bounds: no more than the interval's width warrants
     return f"{100 * row['value']:.1f} [{100 * row['low']:.{digits}f}, {100 * row['high']:.{digits}f}]"
+
+
+def points(found: Mapping[str, Any] | None) -> str:
+    """Return a difference in points with its interval; a star where it is told from nothing, a dash for none.
+
+    Examples:
+        >>> points({"value": 0.05, "low": 0.03, "high": 0.07, "adjusted_p": 0.03})
+        '+5.0 [+3.0, +7.0]*'
+    """
+    if found is None:
+        return "-"
+    star = "*" if found["adjusted_p"] < 0.05 else ""
+    digits = 0 if found["high"] - found["low"] >= 0.05 else 1  # of the bounds: no more than the width warrants
+    return f"{100 * found['value']:+.1f} [{100 * found['low']:+.{digits}f}, {100 * found['high']:+.{digits}f}]{star}"

@@ -1,0 +1,30 @@
+"""Lay out the paired differences between the arms of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitquorum.report.tables import Table, epsilon_label, points
+
+
+def difference_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return one line for each arm and the arm that it is compared to, in points, with a column for each number."""
+    keys = sorted(
+        dict.fromkeys((row["epsilon"], row["attack"]) for row in rows),
+        key=lambda key: (key[0], key[1] == "worst"),
+    )
+    pairs = dict.fromkeys((row["arm"], row["reference"]) for row in rows)
+    found = {(row["arm"], row["reference"], row["epsilon"], row["attack"]): row for row in rows}
+    images = sorted({row["images"] for row in rows})
+    return Table(
+        header=(
+            "arm",
+            "minus",
+            *(f"{attack} {epsilon_label(epsilon)}" if epsilon else attack for epsilon, attack in keys),
+        ),
+        rows=tuple((*pair, *(points(found.get((*pair, *key))) for key in keys)) for pair in pairs),
+        note=(
+            f"Accuracy of an arm minus that of another, in points, on the same {' or '.join(map(str, images))} test "
+            "images, paired by image, with 95 % intervals over images; * where p < 0.05 after Holm's correction for "
+            "the number of arms. One seed of training says nothing of others."
+        ),
+    )
