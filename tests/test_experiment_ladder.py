@@ -25,7 +25,7 @@ from bitquorum.experiment import (
     verdicts,
 )
 from bitquorum.experiment import ladder as module
-from bitquorum.files import load_tensors, read_jsonl
+from bitquorum.files import load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import ConfigError, DataError, Listener
 from bitquorum.report import bracket, rungs
 from bitquorum.store import Run
@@ -178,6 +178,16 @@ def test_interrupted_work_resumes_to_the_same_end(
     for name, tensors in states(climbed).items():
         for key, value in tensors.items():
             assert torch.equal(states(copied)[name][key], value), (name, key)
+
+
+def test_a_climb_of_an_earlier_version_goes_on(climbed: Run, tmp_path: Path):
+    path = next(climbed.path.glob("ladders/*/sq/climb@*.safetensors"))
+    tensors, facts = load_tensors(path)
+    del tensors["second"]
+    save_tensors(tmp_path / "climb.safetensors", tensors, facts)
+    climb, _ = module.read_climb(tmp_path / "climb.safetensors")
+    assert bool((climb.second == -1).all()), "every version is looked at anew"
+    assert torch.equal(climb.rate, module.read_climb(path)[0].rate)
 
 
 def test_one_arm_at_a_time_ends_in_the_same_rows(climbed: Run, copied: Run):

@@ -12,7 +12,7 @@ from bitquorum import rng
 from bitquorum.attacks import APGD, FGSM, PGD, SPSA, Attack, Kind, RandomNoise, Square
 from bitquorum.conversion import Policy, calibrate
 from bitquorum.ensemble import Ensemble
-from bitquorum.evaluate import Climb, Examples, Ladder, SequentialTest, interval, ladder_named
+from bitquorum.evaluate import Arena, Climb, Examples, Ladder, SequentialTest, interval, ladder_named
 from bitquorum.interface import Cost, InputError
 from bitquorum.quantizers import Deterministic, Surrogate
 from bitquorum.registry import decode, encode
@@ -189,8 +189,30 @@ def test_a_climb_goes_on_where_it_was_cut():
         plan(model, examples, epsilon=0.1, on_step=kill)
     again = plan(model, examples, epsilon=0.1, climb=cut[-1])
     assert again.steps == whole.steps
-    for name in ("images", "rate", "standing", "broken_by", "correct", "claim"):
+    for name in ("images", "rate", "second", "standing", "broken_by", "correct", "claim"):
         assert torch.equal(getattr(again, name), getattr(whole, name)), name
+
+
+def test_the_second_look_at_a_version_is_kept_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    model, examples = random_network(), examples_of(30)
+    looked: list[tuple[int, bytes]] = []
+    look = Arena._rate
+
+    def count(arena: Arena, version: Tensor, rows: Tensor) -> Tensor:
+        looked.extend((int(row), image.numpy().tobytes()) for row, image in zip(rows, version, strict=True))
+        return look(arena, version, rows)
+
+    monkeypatch.setattr(Arena, "_rate", count)
+    plan = ladder(*(RandomNoise(tries=tries, draws=2) for tries in (2, 3, 4)))  # no two of them find the same version
+    climb = plan(model, examples, epsilon=0.1)
+    assert len(looked) > 30
+    assert len(set(looked)) == len(looked), "a version was looked at twice"
+    seen = climb.second >= 0
+    assert bool(seen.any())
+    arena = Arena(model=model, shown=model, examples=examples, ladder=plan, sources={})
+    rows = seen.nonzero()[:, 0]
+    with torch.no_grad():
+        assert torch.equal(look(arena, climb.images[rows], rows), climb.second[rows])
 
 
 def test_the_batch_size_changes_rounding_alone():

@@ -72,6 +72,7 @@ class Climb:
         steps: What each rung did, clean images first.
         images: The worst version of each image so far.
         rate: Its estimated probability of being right, on selection draws.
+        second: Its rate of being right on the further selection draws of the second look alone; -1 before one.
         standing: Whether the image still stands.
         broken_by: Number of the step that made the worst version.
         correct: Whether each judging draw of the worst version is right.
@@ -82,6 +83,7 @@ class Climb:
     steps: list[Step]
     images: Float[Tensor, "images *image"]
     rate: Float[Tensor, "images"]
+    second: Float[Tensor, "images"]
     standing: Bool[Tensor, "images"]
     broken_by: Int[Tensor, "images"]
     correct: Bool[Tensor, "draws images"]
@@ -276,6 +278,7 @@ class Arena:
             steps=[step],
             images=images.clone(),
             rate=tally.rate,
+            second=torch.full_like(tally.rate, -1),
             standing=~tally.broken,
             broken_by=torch.zeros_like(self.examples.labels),
             correct=correct,
@@ -292,14 +295,14 @@ class Arena:
         """Let one attack meet the chosen images and keep what is worse than before."""
         found, cost = self.attack(attack, met, climb.epsilon, on_batch)
         tally = self.score(found, met)
-        worse, rate = self._confirm(climb, found, met, tally)
+        worse, rate, second = self._confirm(climb, found, met, tally)
         everyone = len(met) == len(climb.images)
         judged = torch.ones_like(worse) if everyone else worse
         correct = climb.correct[:, met]
         correct[:, judged] = self.judge(found[judged], met[judged])
         changed, number = met[worse], len(climb.steps)
         broke = int((tally.broken & climb.standing[met]).sum())
-        climb.images[changed], climb.rate[changed] = found[worse], rate[worse]
+        climb.images[changed], climb.rate[changed], climb.second[changed] = found[worse], rate[worse], second[worse]
         climb.broken_by[changed] = number
         climb.standing[met] &= ~tally.broken
         climb.correct = climb.correct.clone()
@@ -381,30 +384,34 @@ class Arena:
 
     def _confirm(
         self, climb: Climb, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"], tally: Tally
-    ) -> tuple[Bool[Tensor, "met"], Float[Tensor, "met"]]:
-        """Return which versions are worse than the ones before, and the rate of each over all draws it was seen on.
+    ) -> tuple[Bool[Tensor, "met"], Float[Tensor, "met"], Float[Tensor, "met"]]:
+        """Return which versions are worse, the rate of each over all draws it was seen on, and that of the second look.
 
         Worse is a lower rate, and no higher one on further draws. The first few draws of a version decide little more
         than luck; without the second look a weaker attack that is lucky on them would push out a stronger one's
         version, and without its draws in the rate the luck would keep the next one out. The first attack replaces the
-        clean image at an equal rate too, if further draws are worse for it.
+        clean image at an equal rate too, if further draws are worse for it. A version is looked at a second time once.
         """
-        rate, before = tally.rate, climb.rate[met]
+        rate, before, second = tally.rate, climb.rate[met], torch.full_like(tally.rate, -1)
         worse = rate < before
         if not is_noisy(self.model):
-            return worse, rate
-        rate, first, count = rate.clone(), self.ladder.survivors.most, self.ladder.survivors.most
+            return worse, rate, second
+        rate, count = rate.clone(), self.ladder.survivors.most
         tied = (rate == before) & (len(climb.steps) == 1)
         for rows in ((worse | tied) & ~tally.broken).nonzero()[:, 0].split(self.ladder.batch_size):
-            new, old = (
-                self._rate(version, met[rows], first, count) for version in (found[rows], climb.images[met[rows]])
-            )
+            unseen = met[rows][climb.second[met[rows]] < 0]
+            if len(unseen):
+                climb.second[unseen] = self._rate(climb.images[unseen], unseen)
+            new, old = self._rate(found[rows], met[rows]), climb.second[met[rows]]
             worse[rows] = (new < old) | ((new == old) & worse[rows])
             seen = tally.draws[rows] + count
             rate[rows] = (tally.right[rows] + count * new + 1) / (seen + 2)
-        return worse, rate
+            second[rows] = new
+        return worse, rate, second
 
-    def _rate(self, version: Tensor, rows: Int[Tensor, "chosen"], first: int, count: int) -> Float[Tensor, "chosen"]:
+    def _rate(self, version: Tensor, rows: Int[Tensor, "chosen"]) -> Float[Tensor, "chosen"]:
+        """Return the rate of being right on the draws of the second look, which follow those of the test."""
+        first = count = self.ladder.survivors.most
         parts = [
             self.right(version, rows, "selection", start, min(8, first + count - start))
             for start in range(first, first + count, 8)

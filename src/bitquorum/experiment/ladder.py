@@ -203,6 +203,7 @@ def _write(path: Path, climb: Climb, examples: Examples) -> None:
     tensors = {
         "images": climb.images,
         "rate": climb.rate,
+        "second": climb.second,
         "standing": climb.standing.to(torch.uint8),
         "broken_by": climb.broken_by,
         "correct": climb.correct.to(torch.uint8),
@@ -234,6 +235,7 @@ def read_climb(path: Path, device: torch.device | str = "cpu") -> tuple[Climb, T
             steps=steps,
             images=tensors["images"],
             rate=tensors["rate"],
+            second=tensors.get("second", torch.full_like(tensors["rate"], -1)),  # of an earlier version
             broken_by=tensors["broken_by"],
             **flags,
         )
