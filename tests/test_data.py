@@ -927,7 +927,8 @@ def test_augment_without_options_changes_nothing():
 
 @pytest.mark.parametrize(
     "augment", [Augment(crop=2), Augment(flip=True), Augment(cutout=3), Augment(brightness=0.5),
-                Augment(crop=1, flip=True, cutout=2, brightness=0.3)]
+                Augment(contrast=0.5), Augment(saturation=1.0),
+                Augment(crop=1, flip=True, cutout=2, brightness=0.3, contrast=0.2, saturation=0.2)]
 )  # fmt: skip
 def test_augment_does_not_depend_on_the_place_in_the_batch(augment):
     images, examples = torch.rand(50, 3, 6, 7), torch.arange(50) * 7
@@ -1010,6 +1011,45 @@ def test_brightness_multiplies_by_a_uniform_factor():
     assert Augment(brightness=1.0)(torch.ones(100, 1, 1, 1), torch.arange(100), 0).max() <= 1
 
 
+GREY = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)
+
+
+def test_contrast_scales_the_distance_from_the_grey_of_the_image():
+    count = 5000
+    images = 0.4 + 0.2 * torch.rand(count, 3, 2, 3, dtype=torch.float64)  # no pixel is clipped
+    out = Augment(contrast=0.8)(images, torch.arange(count), 4)
+    grey = (images * GREY).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    factors = ((out - grey) / (images - grey)).flatten(1)
+    factor = factors.median(1).values
+    torch.testing.assert_close(out, grey + factor.view(-1, 1, 1, 1) * (images - grey))
+    assert factor.min() >= 0.2
+    assert factor.max() <= 1.8
+    assert abs(factor.mean().item() - 1) < 5 * 1.6 / 12**0.5 / count**0.5
+    wide = Augment(contrast=1.0)(torch.rand(100, 3, 4, 4), torch.arange(100), 4)
+    assert wide.min() >= 0
+    assert wide.max() <= 1
+
+
+def test_saturation_scales_the_distance_from_the_grey_of_the_pixel():
+    count = 5000
+    images = 0.4 + 0.2 * torch.rand(count, 3, 2, 3, dtype=torch.float64)
+    out = Augment(saturation=0.8)(images, torch.arange(count), 4)
+    grey = (images * GREY).sum(1, keepdim=True)
+    factor = ((out - grey) / (images - grey)).flatten(1).median(1).values
+    torch.testing.assert_close(out, grey + factor.view(-1, 1, 1, 1) * (images - grey))
+    assert factor.min() >= 0.2
+    assert factor.max() <= 1.8
+    assert abs(factor.mean().item() - 1) < 5 * 1.6 / 12**0.5 / count**0.5
+    torch.testing.assert_close((out * GREY).sum(1), (images * GREY).sum(1))  # the grey stays
+
+
+def test_contrast_serves_any_number_of_channels_and_saturation_three():
+    images = torch.rand(4, 1, 3, 3)
+    assert not torch.equal(Augment(contrast=0.5)(images, torch.arange(4), 0), images)
+    with refused(InputError, "expected images of three channels for saturation, got 1; leave it out"):
+        Augment(saturation=0.5)(images, torch.arange(4), 0)
+
+
 def test_cutmix_puts_a_rectangle_of_the_other_image_and_counts_it():
     count, height, width = 4000, 8, 5
     own, other = torch.zeros(count, 3, height, width), torch.ones(count, 3, height, width)
@@ -1046,6 +1086,10 @@ def test_an_option_does_not_change_the_draws_of_another():
     images, examples = torch.rand(30, 1, 8, 8), torch.arange(30)
     both = Augment(crop=2, brightness=0.5)(images, examples, 3)
     assert torch.equal(both, Augment(brightness=0.5)(Augment(crop=2)(images, examples, 3), examples, 3))
+    images = torch.rand(30, 3, 8, 8)
+    both = Augment(contrast=0.5, saturation=0.5)(images, examples, 3)
+    contrast = Augment(contrast=0.5)(images, examples, 3)
+    torch.testing.assert_close(both, Augment(saturation=0.5)(contrast, examples, 3))
 
 
 @pytest.mark.parametrize(
@@ -1057,6 +1101,8 @@ def test_an_option_does_not_change_the_draws_of_another():
         ({"cutmix": 1.5}, "cutmix, a share of the images, in"),
         ({"flip": 1}, "flip to be true or false, got 1"),
         ({"brightness": 1.1}, r"brightness in \[0, 1\], got 1.1"),
+        ({"contrast": -0.1}, r"contrast in \[0, 1\], got -0.1"),
+        ({"saturation": 1.5}, r"saturation in \[0, 1\], got 1.5"),
         ({"brightness": float("nan")}, r"brightness in \[0, 1\], got nan"),
     ],
 )

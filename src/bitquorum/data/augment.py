@@ -12,14 +12,17 @@ from bitquorum.interface import InputError, Method
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Method):
-    r"""Shift, mirror, mask, brighten and mix images, each example by its own random numbers.
+    r"""Shift, mirror, mask, colour and mix images, each example by its own random numbers.
 
-    With $u_1, \dots, u_6 \sim U(0, 1)$ drawn for (seed, example):
+    With $u_1, \dots, u_8 \sim U(0, 1)$ drawn for (seed, example):
 
     - `crop`: the image is padded by `crop` zeros on every side and cut back to its size at a random place, a
       shift by $\lfloor (2 \cdot \mathrm{crop} + 1) u \rfloor - \mathrm{crop}$ pixels in each direction;
     - `flip`: it is mirrored left to right if $u < 1/2$;
     - `brightness` b: it is multiplied by $1 + b (2u - 1)$ and clipped to [0, 1];
+    - `contrast` c: what its pixels differ by from the grey of the whole image is multiplied by $1 + c (2u - 1)$;
+    - `saturation` s: what they differ by from their own grey is multiplied by $1 + s (2u - 1)$; both clip to [0, 1],
+      and take for the grey of red, green and blue 0.299, 0.587 and 0.114 of them (ITU-R BT.601);
     - `cutout`: a square of `cutout` pixels a side, its centre on a random pixel, is set to zero; the part of
       the square outside of the image is lost. DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552;
       they mask normalized images, so that their zero is the mean colour, while ours is black.
@@ -38,6 +41,8 @@ class Augment(Method):
         flip: Mirror half of the images?
         cutout: Side of the masked square in pixels, 0 or more.
         brightness: Largest relative change of brightness, in [0, 1].
+        contrast: Largest relative change of contrast, in [0, 1]; `None` for none.
+        saturation: Largest relative change of saturation, in [0, 1], of images of three channels; `None` for none.
         cutmix: Share of the images that get a part of another one, in [0, 1]; `None` for none.
 
     Raises:
@@ -56,6 +61,8 @@ class Augment(Method):
     cutout: int = 0
     brightness: float = 0.0
     cutmix: float | None = None
+    contrast: float | None = None
+    saturation: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
@@ -69,6 +76,10 @@ class Augment(Method):
             raise InputError(f"expected brightness in [0, 1], got {self.brightness!r}")
         if self.cutmix is not None and not 0 <= self.cutmix <= 1:
             raise InputError(f"expected cutmix, a share of the images, in [0, 1], got {self.cutmix!r}")
+        for name in ("contrast", "saturation"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"expected {name} in [0, 1], got {value!r}")
 
     def __call__(
         self,
@@ -90,6 +101,8 @@ class Augment(Method):
         if self.brightness:
             factor = 1 + self.brightness * (2 * noise[:, 5] - 1)
             images = (images * factor.to(images.dtype).view(-1, 1, 1, 1)).clamp(0, 1)
+        if self.contrast or self.saturation:
+            images = self._colour(images, *rng.uniform(seed, examples.to(images.device), 2, address="colour").unbind(1))
         if self.cutout:
             images = images.masked_fill(self._mask(images, noise[:, 3], noise[:, 4]), 0)
         return images
@@ -136,6 +149,8 @@ class Augment(Method):
                 f"expected {len(images)} integer examples, one for each image, "
                 f"got {examples.dtype} {list(examples.shape)}"
             )
+        if self.saturation and images.shape[1] != 3:
+            raise InputError(f"expected images of three channels for saturation, got {images.shape[1]}; leave it out")
         if self.crop >= min(images.shape[2:]):
             raise InputError(f"expected crop below the image size {list(images.shape[2:])}, got {self.crop}")
 
@@ -157,6 +172,19 @@ class Augment(Method):
         moved = images.flatten(2).gather(2, source.flatten(1)[:, None, :].expand(-1, channels, -1))
         return moved.view_as(images).masked_fill(~inside, 0)
 
+    def _colour(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        contrast: Float[Tensor, "batch"],
+        saturation: Float[Tensor, "batch"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        for amount, u in ((self.contrast, contrast), (self.saturation, saturation)):
+            if amount:
+                grey = _grey(images) if u is saturation else _grey(images).mean((2, 3), keepdim=True)
+                factor = (1 + amount * (2 * u - 1)).to(images.dtype).view(-1, 1, 1, 1)
+                images = (grey + factor * (images - grey)).clamp(0, 1)
+        return images
+
     def _mask(
         self,
         images: Float[Tensor, "batch channels height width"],
@@ -167,6 +195,12 @@ class Augment(Method):
         row = _axis(images, height) - (_integer(down, height) - self.cutout // 2)
         column = _axis(images, width) - (_integer(right, width) - self.cutout // 2)
         return _within(row, self.cutout)[:, None, :, None] & _within(column, self.cutout)[:, None, None, :]
+
+
+def _grey(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def _axis(images: Tensor, size: int) -> Int[Tensor, "1 size"]:
