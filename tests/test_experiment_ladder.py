@@ -266,6 +266,14 @@ def test_a_corrupt_state_is_named(content: bytes, copied: Run):
         climb_run(copied, LADDER)
 
 
+def test_rows_of_another_norm_name_it(trained: Run, tmp_path: Path):
+    shutil.copytree(trained.path, tmp_path / trained.path.name)
+    plan = replace(LADDER, norm="l2", rungs=(), epsilons=(0.5,))
+    rows = climb_run(Run(path=tmp_path / trained.path.name), plan, arms=["plain"])
+    assert {row["norm"] for row in rows} == {"l2"}
+    assert ("L2 0.5", "worst case over the ladder") in [line[:2] for line in bracket(rows).rows]
+
+
 def test_tables_show_what_the_rows_hold(climbed: Run):
     rows = ladder_rows(climbed, LADDER)
     table = bracket(rows)

@@ -174,6 +174,13 @@ def test_the_bracket_sets_the_claim_above_the_worst_case_for_every_arm():
     )
 
 
+def test_a_ladder_in_another_norm_names_it():
+    rows = [item | {"norm": "l2", "epsilon": 0.5 if item["epsilon"] else 0.0} for item in LADDER]
+    assert {line[0] for line in bracket(rows).rows} == {"", "0", "L2 0.5"}
+    assert "plain at L2 0.5." in rungs(rows, "plain", 0.5).note
+    assert "plain at 8/255." in rungs(LADDER, "plain", 8 / 255).note
+
+
 def test_rungs_show_what_each_met_broke_and_left():
     table = rungs(LADDER, "plain", 8 / 255)
     assert table.rows[1] == ("PGD-20", "white-box", "50", "3", "4", "50.0", "50.0 [40, 60]", "1,200 + 600")

@@ -274,6 +274,7 @@ def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[
 def climb_rows(arm: Arm, climb: Climb, ladder: Ladder) -> list[dict[str, Any]]:
     """Return what a climb shows: the bracket of clean, claim and worst case, then each rung."""
     common = {"arm": arm.name, "members": arm.precision, "split": "test"}
+    common |= {} if ladder.norm == "linf" else {"norm": ladder.norm}
 
     def row(attack: str, epsilon: float, accuracy: Accuracy, **more: Any) -> dict[str, Any]:
         return {**common, "attack": attack, "epsilon": epsilon, **asdict(accuracy), **more}

@@ -17,7 +17,7 @@ def bracket(rows: Sequence[dict[str, Any]]) -> Table:
         claims = {row["arm"]: row for row in here if row["attack"].startswith("claim: ")}
         claim = ", ".join(dict.fromkeys(row["attack"].removeprefix("claim: ") for row in claims.values()))
         tries = next((row["name"] for row in here if row["name"].startswith("worst of ")), "")
-        label = epsilon_label(epsilon)
+        label = epsilon_label(epsilon, here[0].get("norm"))
         cells = (percent(claims.get(arm)) for arm in arms)
         body.append((label, f"claim as worded ({claim})", *cells))
         for text, wanted in (
@@ -42,9 +42,10 @@ def rungs(rows: Sequence[dict[str, Any]], arm: str, epsilon: float) -> Table:
         passes = f"{row['forward']:,} + {row['backward']:,}" if row["forward"] else "-"
         counts = (str(row["attacked"] or "-"), str(row["broke"]), str(row["worst_by"]))
         body.append((row["attack"], row["kind"], *counts, alone, percent(row), passes))
+    radius = epsilon_label(epsilon, steps[0].get("norm") if steps else None)
     header = ("rung", "kind", "met", "broke", "worst by", "alone", "left", "forward + backward")
     note = (
-        f"{arm} at {epsilon_label(epsilon)}. Met: images that still stood and were attacked. Broke: of these, no "
+        f"{arm} at {radius}. Met: images that still stood and were attacked. Broke: of these, no "
         "longer standing. Worst by: images whose worst version the rung made. Alone: accuracy in % where the rung met "
         "all images. Left: worst case so far, on all images. Passes of each image that was met."
     )

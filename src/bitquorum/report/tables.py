@@ -34,14 +34,16 @@ class Table:
         return "\n".join(text)
 
 
-def epsilon_label(epsilon: float) -> str:
-    """Return epsilon in the field's notation.
+def epsilon_label(epsilon: float, norm: str | None = None) -> str:
+    """Return epsilon in the field's notation, with its norm where that is not the maximum norm.
 
     Examples:
-        >>> epsilon_label(5 / 255), epsilon_label(0.1)
-        ('5/255', '0.1')
+        >>> epsilon_label(5 / 255), epsilon_label(0.5, "l2")
+        ('5/255', 'L2 0.5')
     """
     levels = epsilon * 255
+    if norm == "l2":
+        return f"L2 {epsilon:g}"
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{epsilon:g}"
 
 

@@ -229,7 +229,7 @@ def _outcomes(view: RunView, part: Part, climbs: Sequence[tuple[str, float]]) ->
             _found(part, arm, epsilon, "worst"),
             tried,
         )
-        body.append((arm, epsilon_label(epsilon), *broken, *(percent(row) for row in found)))
+        body.append((arm, epsilon_label(epsilon, part.config.get("norm")), *broken, *(percent(row) for row in found)))
     caption = f"Where the ensembles broke, ladder {part.label}, {view.name}; accuracy in % with 95 % intervals"
     return grid(header, body, caption, texts=(0, 1, 2))
 
@@ -245,11 +245,12 @@ def _rungs(part: Part, arm: str, epsilon: float) -> Html:
     if place is not None:
         first, *rest = cells[place]
         cells[place] = (join([element("mark", "breaking rung"), " ", first]), *rest)
-    caption = f"Rungs on {arm} at {epsilon_label(epsilon)}"
+    radius = epsilon_label(epsilon, part.config.get("norm"))
+    caption = f"Rungs on {arm} at {radius}"
     marked = () if place is None else (place,)
     shown = grid((*table.header, "seconds"), cells, caption, texts=(0, 1), marked=marked)
     before, after = percent(steps[0]), percent(steps[-1])
-    return folded(f"{arm} at {epsilon_label(epsilon)}, rung by rung: {before} → {after} %", shown, note(table.note))
+    return folded(f"{arm} at {radius}, rung by rung: {before} → {after} %", shown, note(table.note))
 
 
 def _verdicts(part: Part) -> Html | None:
