@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitquorum.files import append_jsonl, atomic_write, save_tensors
+from bitquorum.files import append_jsonl, atomic_write, save_tensors, write_jsonl
 from bitquorum.interface import DataError, InputError, NoEffectWarning
 from bitquorum.report.page import collect, curves, detectors, planes, write, write_figures, write_page
 from bitquorum.report.page.examples import example_sets
@@ -363,6 +363,20 @@ def test_the_bracket_holds_floor_and_ceiling_at_one_radius(text: str):
     assert "12.3 [12, 17]" in words
     assert "attacked, worst of the ladder" in words
     assert "certified on 200 test images by crown-ibp" in words
+
+
+def test_paired_differences_stand_in_the_summary_where_they_are_stored(runs: list[Run], tmp_path: Path):
+    copy = without(runs[0], tmp_path / runs[0].path.name)
+    folder = next(copy.path.glob("evaluations/*"))
+    before = write_page([copy], tmp_path / "before.html").read_text(encoding="utf-8")
+    row = {"arm": "ours", "reference": "theirs", "attack": "worst", "epsilon": 5 / 255, "value": -0.021, "low": -0.041}
+    write_jsonl(folder / "differences.jsonl", [{**row, "high": -0.001, "adjusted_p": 0.2, "images": 200}])
+    after = write_page([copy], tmp_path / "after.html").read_text(encoding="utf-8")
+    assert "paired by image" not in before
+    section = after.partition('id="summary"')[2].partition("</section>")[0]
+    words = " ".join(Elements(section).words)
+    assert f"Differences between ensembles, evaluation {folder.name}, paired by image" in words
+    assert "-2.1 [-4.1, -0.1]" in words
 
 
 def test_numbers_stand_with_images_draws_and_intervals(text: str):

@@ -12,7 +12,7 @@ from bitquorum.toml import read_toml
 
 Row = Mapping[str, Any]
 
-_SHEETS = ("correlations", "layers", "curves")
+_SHEETS = ("correlations", "layers", "curves", "differences")
 _FOLDERS = {
     "evaluation": "evaluations",
     "ladder": "ladders",
@@ -68,8 +68,8 @@ class RunView:
         config: The experiment as a table.
         arms: Names, in the order of the config.
         train: Training rows of each arm that has some.
-        evaluations: In the order of their digests, as the next four.
-        ladders: Bracket and rungs; sheets `verdicts` and `seconds`.
+        evaluations: In the order of their digests, as the next four; sheet `differences`.
+        ladders: Bracket and rungs; sheets `verdicts`, `seconds` and `differences`.
         planes: Rows of the plane; sheets `correlations` and `layers`.
         detections: Rows of the detector; sheet `curves`.
         certificates: Floors, statement by statement.

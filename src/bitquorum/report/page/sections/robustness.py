@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+from bitquorum.report.compare import difference_table
 from bitquorum.report.ladder import rungs
 from bitquorum.report.page import curves
 from bitquorum.report.page.collect import Part, Row, RunView, distinct, select
@@ -126,9 +127,20 @@ def _summary(view: RunView) -> Html:
         parts.append(f"Ladder {climbed.label}: {counts(climbed.rows)}.")
     several = len(view.evaluations) > 1 or len(view.ladders) > 1
     parts += ["The first of each is shown here, all of them below."] if several else []
-    return join(
-        [grid(header, body, about, texts=(0, 1, *([len(header) - 1] if climbed else []))), note(" ".join(parts))]
-    )
+    shown = grid(header, body, about, texts=(0, 1, *([len(header) - 1] if climbed else [])))
+    return join([shown, note(" ".join(parts)), *_differences(view)])
+
+
+def _differences(view: RunView) -> list[Html]:
+    """Return the paired differences between ensembles, where `bitquorum compare` has stored some."""
+    shown = []
+    for part in (*view.evaluations, *view.ladders):
+        if rows := part.sheet("differences"):
+            table = difference_table([dict(row) for row in rows])
+            kind = "ladder" if part in view.ladders else "evaluation"
+            title = f"Differences between ensembles, {kind} {part.label}, paired by image"
+            shown.append(folded(title, grid(table.header, table.rows, title, texts=(0, 1)), note(table.note)))
+    return shown
 
 
 def _clean(rows: Sequence[Row], arm: str) -> Row | None:
