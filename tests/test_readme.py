@@ -45,7 +45,7 @@ RESULTS = re.compile(
 )
 STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
-    "differences": ("*/*/differences.jsonl", difference_table),
+    "differences": ("evaluations/*/differences.jsonl", difference_table),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
     "climb-seconds": ("ladders/*/*/seconds.jsonl", ladder_seconds),
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
