@@ -13,6 +13,7 @@ from torch import nn
 
 from bitquorum import zoo
 from bitquorum.interface import InputError
+from bitquorum.zoo.network import BatchNorm
 
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 SMALL = {
@@ -364,3 +365,39 @@ def test_channels_fall_only_with_a_projection():
         zoo.BasicBlock(4, 2, stride=1, activation="relu", norm="batch")
     block = zoo.BasicBlock(4, 2, stride=1, activation="relu", norm="batch", project=True)
     assert block(images((4, 3, 3))).shape == (3, 2, 3, 3)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_frozen_norm_layer_has_the_values_and_derivatives_of_torch(affine: bool, dtype: torch.dtype):
+    ours, theirs = BatchNorm(3, affine=affine).to(dtype), torch.nn.BatchNorm2d(3, affine=affine).to(dtype)
+    with torch.no_grad():
+        for tensor in ours.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in (ours.eval().requires_grad_(False), theirs.eval().requires_grad_(False)):
+        x = torch.randn(4, 3, 5, 5, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        found.append((y, gradient, second))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_norm_layer_whose_parameters_are_trained_in_evaluation_mode_has_their_gradients():
+    layer = BatchNorm(3).eval()
+    layer(torch.randn(4, 3, 5, 5).requires_grad_()).square().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+
+
+def test_a_frozen_norm_layer_keeps_half_precision():
+    layer = BatchNorm(3).eval().requires_grad_(False)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.bfloat16).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,20 @@ class BatchNorm(nn.BatchNorm2d):
     ) -> Float[Tensor, "batch channels height width"]:
         """Return the normalized images; in training by their own statistics, which the running ones follow."""
         done = self._compiled(input) if self.training and kernels.fits_normalization(input) else None
-        return super().forward(input) if done is None else done
+        if done is not None:
+            return done
+        if self._is_frozen() and input.requires_grad and torch.is_grad_enabled():
+            return _Frozen.apply(input, super().forward, self._scale())  # type: ignore[return-value]
+        return super().forward(input)
+
+    def _is_frozen(self) -> bool:
+        """Return whether the layer is the same affine map for every batch, and nothing in it is trained."""
+        fixed = not self.training and self.running_var is not None
+        return fixed and not any(parameter.requires_grad for parameter in self.parameters())
+
+    def _scale(self) -> Float[Tensor, "channels 1 1"]:
+        scale = torch.rsqrt(self.running_var + self.eps)  # type: ignore[operator]
+        return (scale * self.weight if self.affine else scale)[:, None, None]
 
     def _compiled(self, x: Tensor) -> Tensor | None:
         near, spread = self.running_mean, self.running_var
@@ -40,6 +53,20 @@ class BatchNorm(nn.BatchNorm2d):
             near.lerp_(mean, self.momentum)
             spread.lerp_(variance * (count / (count - 1)), self.momentum)
         return y
+
+
+class _Frozen(torch.autograd.Function):
+    """Have the gradient of an affine map: one product, where torch sums the gradients of the parameters in any case."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return grads[0] * scale.to(grads[0].dtype), None, None
 
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
