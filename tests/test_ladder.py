@@ -215,6 +215,16 @@ def test_the_second_look_at_a_version_is_kept_and_is_not_repeated(monkeypatch: p
         assert torch.equal(look(arena, climb.images[rows], rows), climb.second[rows])
 
 
+def test_a_rung_that_found_nothing_worse_needs_no_second_look():
+    model, examples = random_network(), examples_of(3)
+    calls: list[object] = []
+    model.register_forward_hook(lambda *call: calls.append(call))
+    arena = Arena(model=model, shown=model, examples=examples, ladder=ladder(), sources={})
+    nobody = torch.zeros(0, dtype=torch.int64)
+    assert arena._rate(examples.images[nobody], nobody).shape == (0,)
+    assert not calls
+
+
 def test_the_batch_size_changes_rounding_alone():
     model, examples = random_network(), examples_of(30)
     plan = ladder(PGD(steps=5, eot=4))

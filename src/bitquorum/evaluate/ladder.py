@@ -400,8 +400,7 @@ class Arena:
         tied = (rate == before) & (len(climb.steps) == 1)
         for rows in ((worse | tied) & ~tally.broken).nonzero()[:, 0].split(self.ladder.batch_size):
             unseen = met[rows][climb.second[met[rows]] < 0]
-            if len(unseen):
-                climb.second[unseen] = self._rate(climb.images[unseen], unseen)
+            climb.second[unseen] = self._rate(climb.images[unseen], unseen)
             new, old = self._rate(found[rows], met[rows]), climb.second[met[rows]]
             worse[rows] = (new < old) | ((new == old) & worse[rows])
             seen = tally.draws[rows] + count
@@ -411,6 +410,8 @@ class Arena:
 
     def _rate(self, version: Tensor, rows: Int[Tensor, "chosen"]) -> Float[Tensor, "chosen"]:
         """Return the rate of being right on the draws of the second look, which follow those of the test."""
+        if not len(rows):
+            return torch.zeros(0, device=version.device)
         first = count = self.ladder.survivors.most
         parts = [
             self.right(version, rows, "selection", start, min(8, first + count - start))
