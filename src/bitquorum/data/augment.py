@@ -71,15 +71,12 @@ class Augment(Method):
                 raise InputError(f"expected {name} to be a number of pixels, 0 or more, got {value!r}")
         if not isinstance(self.flip, bool):
             raise InputError(f"expected flip to be true or false, got {self.flip!r}")
-        number = isinstance(self.brightness, (int, float)) and not isinstance(self.brightness, bool)
-        if not (number and 0 <= self.brightness <= 1):
+        if not _is_share(self.brightness):
             raise InputError(f"expected brightness in [0, 1], got {self.brightness!r}")
-        if self.cutmix is not None and not 0 <= self.cutmix <= 1:
-            raise InputError(f"expected cutmix, a share of the images, in [0, 1], got {self.cutmix!r}")
-        for name in ("contrast", "saturation"):
+        for name, more in (("cutmix", ", a share of the images,"), ("contrast", ""), ("saturation", "")):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"expected {name} in [0, 1], got {value!r}")
+            if value is not None and not _is_share(value):
+                raise InputError(f"expected {name}{more} in [0, 1], got {value!r}")
 
     def __call__(
         self,
@@ -99,10 +96,14 @@ class Augment(Method):
         if self.crop or self.flip:
             images = self._move(images, noise[:, 0], noise[:, 1], noise[:, 2])
         if self.brightness:
-            factor = 1 + self.brightness * (2 * noise[:, 5] - 1)
-            images = (images * factor.to(images.dtype).view(-1, 1, 1, 1)).clamp(0, 1)
+            images = _scaled(images, torch.zeros_like(images[:, :1]), self.brightness, noise[:, 5])
         if self.contrast or self.saturation:
-            images = self._colour(images, *rng.uniform(seed, examples.to(images.device), 2, address="colour").unbind(1))
+            noise_of_colour = rng.uniform(seed, examples.to(images.device), 2, address="colour")
+            if self.contrast:
+                grey = _grey(images).mean((2, 3), keepdim=True)
+                images = _scaled(images, grey, self.contrast, noise_of_colour[:, 0])
+            if self.saturation:
+                images = _scaled(images, _grey(images), self.saturation, noise_of_colour[:, 1])
         if self.cutout:
             images = images.masked_fill(self._mask(images, noise[:, 3], noise[:, 4]), 0)
         return images
@@ -172,19 +173,6 @@ class Augment(Method):
         moved = images.flatten(2).gather(2, source.flatten(1)[:, None, :].expand(-1, channels, -1))
         return moved.view_as(images).masked_fill(~inside, 0)
 
-    def _colour(
-        self,
-        images: Float[Tensor, "batch channels height width"],
-        contrast: Float[Tensor, "batch"],
-        saturation: Float[Tensor, "batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
-        for amount, u in ((self.contrast, contrast), (self.saturation, saturation)):
-            if amount:
-                grey = _grey(images) if u is saturation else _grey(images).mean((2, 3), keepdim=True)
-                factor = (1 + amount * (2 * u - 1)).to(images.dtype).view(-1, 1, 1, 1)
-                images = (grey + factor * (images - grey)).clamp(0, 1)
-        return images
-
     def _mask(
         self,
         images: Float[Tensor, "batch channels height width"],
@@ -195,6 +183,18 @@ class Augment(Method):
         row = _axis(images, height) - (_integer(down, height) - self.cutout // 2)
         column = _axis(images, width) - (_integer(right, width) - self.cutout // 2)
         return _within(row, self.cutout)[:, None, :, None] & _within(column, self.cutout)[:, None, None, :]
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _scaled(
+    images: Float[Tensor, "batch channels height width"], origin: Tensor, amount: float, u: Float[Tensor, "batch"]
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the images with their distance from an origin multiplied by a random factor, clipped to [0, 1]."""
+    factor = (1 + amount * (2 * u - 1)).to(images.dtype).view(-1, 1, 1, 1)
+    return (origin + factor * (images - origin)).clamp(0, 1)
 
 
 def _grey(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:

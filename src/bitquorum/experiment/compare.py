@@ -35,7 +35,7 @@ def compare_run(stored: Run, *, reference: str | None = None) -> list[list[dict[
     others = [arm.name for arm in experiment.arms if arm.name != base]
     found = []
     with stored.lock():
-        for folder in sorted(stored.path.glob("evaluations/*")) + sorted(stored.path.glob("ladders/*")):
+        for folder in _folders(stored):
             rows = _differences(folder, base, others)
             if rows:
                 path = folder / "differences.jsonl"
@@ -51,8 +51,11 @@ def compare_run(stored: Run, *, reference: str | None = None) -> list[list[dict[
 
 def differences(stored: Run) -> list[list[dict[str, Any]]]:
     """Return the stored rows, a list for each evaluation and each ladder of a run that was compared."""
-    folders = sorted(stored.path.glob("evaluations/*")) + sorted(stored.path.glob("ladders/*"))
-    return [rows for folder in folders if (rows := read_jsonl(folder / "differences.jsonl"))]
+    return [rows for folder in _folders(stored) if (rows := read_jsonl(folder / "differences.jsonl"))]
+
+
+def _folders(stored: Run) -> list[Path]:
+    return sorted(stored.path.glob("evaluations/*")) + sorted(stored.path.glob("ladders/*"))
 
 
 def _differences(folder: Path, base: str, others: list[str]) -> list[dict[str, Any]]:

@@ -1,17 +1,14 @@
 """Lay out the paired differences between the arms of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitquorum.report.tables import Table, epsilon_label, points
+from bitquorum.report.tables import Table, attacks_of, epsilon_label, points
 
 
-def difference_table(rows: Sequence[dict[str, Any]]) -> Table:
+def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return one line for each arm and the arm that it is compared to, in points, with a column for each number."""
-    keys = sorted(
-        dict.fromkeys((row["epsilon"], row["attack"]) for row in rows),
-        key=lambda key: (key[0], key[1] == "worst"),
-    )
+    keys = attacks_of(rows)
     pairs = dict.fromkeys((row["arm"], row["reference"]) for row in rows)
     found = {(row["arm"], row["reference"], row["epsilon"], row["attack"]): row for row in rows}
     images = sorted({row["images"] for row in rows})

@@ -41,19 +41,22 @@ def epsilon_label(epsilon: float, norm: str | None = None) -> str:
         >>> epsilon_label(5 / 255), epsilon_label(0.5, "l2")
         ('5/255', 'L2 0.5')
     """
-    levels = epsilon * 255
     if norm == "l2":
         return f"L2 {epsilon:g}"
+    levels = epsilon * 255
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{epsilon:g}"
+
+
+def attacks_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """Return each (epsilon, attack) once, by epsilon; the worst case after the attacks that it is over."""
+    found = dict.fromkeys((row["epsilon"], row["attack"]) for row in rows)
+    return sorted(found, key=lambda key: (key[0], key[1] == "worst"))
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     """Return accuracies in percent with intervals: attacks and epsilons down, arms side by side."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    keys = sorted(
-        dict.fromkeys((row["epsilon"], row["attack"]) for row in rows),
-        key=lambda key: (key[0], key[1] == "worst"),
-    )
+    keys = attacks_of(rows)
     found = {(row["arm"], row["epsilon"], row["attack"]): row for row in rows}
     members = {row["arm"]: row["members"] for row in rows}
     body = []

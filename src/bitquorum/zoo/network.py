@@ -56,7 +56,10 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class _Frozen(torch.autograd.Function):
-    """Have the gradient of an affine map: one product, where torch sums the gradients of the parameters in any case."""
+    """Have the gradient of an affine map: one product, where torch sums the gradients of the parameters in any case.
+
+    In half precision the factor is rounded to it, as the gradient is.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:

@@ -134,10 +134,10 @@ def _summary(view: RunView) -> Html:
 def _differences(view: RunView) -> list[Html]:
     """Return the paired differences between ensembles, where `bitquorum compare` has stored some."""
     shown = []
-    for part in (*view.evaluations, *view.ladders):
+    parts = [("evaluation", part) for part in view.evaluations] + [("ladder", part) for part in view.ladders]
+    for kind, part in parts:
         if rows := part.sheet("differences"):
-            table = difference_table([dict(row) for row in rows])
-            kind = "ladder" if part in view.ladders else "evaluation"
+            table = difference_table(rows)
             title = f"Differences between ensembles, {kind} {part.label}, paired by image"
             shown.append(folded(title, grid(table.header, table.rows, title, texts=(0, 1)), note(table.note)))
     return shown
