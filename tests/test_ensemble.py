@@ -88,6 +88,41 @@ def test_each_draw_and_member_stands_for_itself():
     assert not torch.equal(both[0, 0], both[1, 0])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_draws_share_what_comes_before_the_first_noise(training):
+    network = zoo.DigitsNet(width=4, norm="batch")(classes=3, shape=(1, 8, 8)).double()
+    ensemble = Ensemble.build([network], [Policy(weight_bits=2)]).train(training)
+    (member,) = ensemble.members
+    rows, x = {}, torch.rand(5, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    member[0].register_forward_hook(lambda *call: rows.update(image=len(call[-1])))
+    member[-1].register_forward_hook(lambda *call: rows.update(logits=len(call[-1])))
+    with rng.draw([1, 2, 3]):
+        together = ensemble(x)
+    assert rows == {"image": 15 if training else 5, "logits": 15}
+    if training:  # where one draw's norm layers would see another batch
+        return
+    apart = []
+    for seed in (1, 2, 3):
+        with rng.draw(seed):
+            apart.append(ensemble(x)[0])
+    torch.testing.assert_close(together, torch.stack(apart))
+    slopes = torch.linspace(-1, 1, together.numel(), dtype=torch.float64).view_as(together)
+    gradients = [torch.autograd.grad((y * slopes).sum(), x)[0] for y in (together, torch.stack(apart))]
+    assert float(gradients[0].abs().max()) > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_draws_that_differ_from_the_image_on_share_nothing():
+    network = zoo.DigitsNet(width=4)(classes=3, shape=(1, 8, 8))
+    ensemble = Ensemble.build([network], [Policy(image_bits=2)]).eval()
+    rows = []
+    for module in ensemble.modules():
+        if isinstance(module, nn.Conv2d | QuantLayer):
+            module.register_forward_hook(lambda *call: rows.append(len(call[-1])))
+    run(ensemble, torch.rand(5, 1, 8, 8), [1, 2])
+    assert set(rows) == {10}
+
+
 def test_members_of_one_network_draw_differently():
     ensemble = Ensemble.build([network()] * 2, [Policy()] * 2)
     addresses = [quantizer.address for _, quantizer in quantizers(ensemble)]

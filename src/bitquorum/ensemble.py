@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bitquorum import rng
+from bitquorum import kernels, rng
 from bitquorum.conversion import Conversion, alternatives, is_stochastic, set_addresses, share_weights
 from bitquorum.interface import InputError, Method
 from bitquorum.layers import QuantLayer
@@ -188,13 +188,14 @@ class Ensemble(nn.Module):
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
         """Return the logits of each member on images of its own, under every ambient draw."""
         count = self._draws()
-        copies = {id(x): torch.cat([x] * count) if count > 1 else x for x in images}  # `repeat` forgets the layout
-        return [
-            member(copies[id(x)]).unflatten(0, (count, -1))
-            if count > 1 and is_stochastic(member)
-            else member(x).expand(count, -1, -1)
-            for member, x in zip(self.members, images, strict=True)
-        ]
+        answers: list[Tensor] = []
+        for member, x in zip(self.members, images, strict=True):
+            if count == 1 or not is_stochastic(member):
+                answers.append(member(x).expand(count, -1, -1))
+                continue
+            with _repeated(member, count):
+                answers.append(member(x).unflatten(0, (count, -1)))
+        return answers
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
@@ -239,6 +240,27 @@ def classifier(member: nn.Module) -> nn.Module:
             f"expected a member with a linear layer before its logits, got {type(member).__name__}; features need one"
         )
     return found[-1]
+
+
+@contextmanager
+def _repeated(member: nn.Module, count: int) -> Iterator[None]:
+    """Let a member repeat its batch for so many draws: at its first part with noise, for those before it are the same.
+
+    In training all parts get all rows, for a norm layer counts them, as does a member that is no sequence of parts.
+    """
+    parts = member if type(member) is nn.Sequential and not member.training else (member,)
+    first = next(part for part in parts if is_stochastic(part))
+    hook = first.register_forward_pre_hook(lambda _, args: (_repeat(args[0], count), *args[1:]), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _repeat(x: Float[Tensor, "batch *rest"], count: int) -> Float[Tensor, "draws *rest"]:
+    """Return the rows of a batch `count` times over, in their memory order; the gradient is one sum."""
+    flat = kernels.flatten(x, 1)
+    return kernels.unflatten(flat.expand(count, *flat.shape).flatten(0, 1), x, 1)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ float32 and, where a network trains in it, bfloat16; every other type runs plain
 from bitquorum.kernels.choice import Mode, applies, compiler_available, mode, use
 from bitquorum.kernels.convolution import convolve, fits_convolution
 from bitquorum.kernels.gelu import fits_gelu, gelu
+from bitquorum.kernels.layout import flatten, unflatten
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
 from bitquorum.kernels.noise import LawName, draw, keys, mix64, uniform
 from bitquorum.kernels.normalize import fits_normalization, normalize
@@ -52,6 +53,7 @@ __all__ = [
     "fits_gelu",
     "fits_normalization",
     "fits_quantization",
+    "flatten",
     "gelu",
     "keys",
     "mix64",
@@ -61,6 +63,7 @@ __all__ = [
     "round_symmetric",
     "slope",
     "slope_and_curvature",
+    "unflatten",
     "uniform",
     "use",
     "wide",
