@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from bitquorum import cli, experiment
+from bitquorum.cli import printing
+from bitquorum.cli.printing import print_rows, print_verdicts
 from bitquorum.cli.shared import number
 from bitquorum.config import parse, presets, read
 from bitquorum.evaluate import Verdict
@@ -493,3 +496,27 @@ def test_an_interrupt_exits_with_130_and_the_same_command_resumes(tiny: str, tmp
     whole = experiment.train(parse(stored.config()), tmp_path / "whole")
     for name in ("weights.safetensors", "train.jsonl"):
         assert (log.parent / name).read_bytes() == (whole.path / "arms" / "sq" / name).read_bytes()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_is_whole_in_a_file_and_folded_on_a_narrow_terminal(capsys, monkeypatch, terminal):
+    row = ("EOT-PGD-20x10 momentum=0.75 margin mean-probability", "55.0 [45, 65]", "x" * 90)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_rows(("rung", "left", "why"), [row])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "x" in line and "EOT" in line]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == list(row)
+    if not terminal:
+        monkeypatch.setenv("COLUMNS", "60")  # which says how wide it shall be
+    monkeypatch.setattr(printing, "out", Console(width=60, force_terminal=terminal, color_system=None))
+    print_rows(("rung", "left", "why"), [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert sum("x" in line for line in lines) > 1
+
+
+def test_verdicts_say_at_which_radius(capsys):
+    row = {"arm": "sq", "name": "step", "passed": True, "reason": "as it should be"}
+    assert print_verdicts([row | {"epsilon": 5 / 255}, row | {"epsilon": 0.5, "norm": "l2", "passed": False}]) == 1
+    shown = capsys.readouterr().out
+    assert "5/255" in shown
+    assert "L2 0.5" in shown

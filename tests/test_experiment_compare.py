@@ -1,5 +1,6 @@
 """Test that arms of a run are compared image by image, on the same numbers, and that the rows are kept."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def test_a_ladder_is_compared_where_both_arms_are_climbed_to_the_end(run: Run):
         ("better", "claim", 5 / 255),
         ("better", "worst", 5 / 255),
     ]
+
+
+def test_a_ladder_in_another_norm_names_it(run: Run):
+    ladder = replace(quick(), norm="l2")
+    for arm in ("base", "better"):
+        climb(run, ladder, arm)
+    (rows,) = compare_run(run)
+    assert {row["norm"] for row in rows} == {"l2"}
+    assert difference_table(rows).header[2:] == ("claim L2 0.0196078", "worst L2 0.0196078")
 
 
 def test_a_table_has_a_line_for_each_pair_and_a_column_for_each_number(run: Run):

@@ -121,7 +121,7 @@ class Ensemble(nn.Module):
     """Run members on the same images and return the logits of each.
 
     Inside `rng.draw` with T seeds a call returns T draws; outside of it, one fresh draw. Members without noise run once
-    and their logits are repeated.
+    and their logits are repeated; in evaluation mode, what an `nn.Sequential` has before its first noise runs once too.
 
     Args:
         members: Networks from images in [0, 1] to logits, quantized or float, with separate or shared weights.

@@ -1,7 +1,9 @@
 """Print tables, verdicts and warnings."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
@@ -11,16 +13,21 @@ if TYPE_CHECKING:
     from bitquorum.report import Table
     from bitquorum.store import Run
 
+_WIDEST = 1000  # characters
+
 
 def print_verdicts(rows: list[dict[str, Any]]) -> int:
     """Print the verdicts of the self-checks, failed ones in red, and return how many failed."""
     if not rows:
         return 0
-    table = RichTable("arm", "self-check", "verdict", "reason")
+    from bitquorum.report import epsilon_label
+
+    table = RichTable("arm", "epsilon", "self-check", "verdict", "reason")
     for row in rows:
+        epsilon = epsilon_label(row["epsilon"], row.get("norm"))
         verdict = "[green]passed[/green]" if row["passed"] else "[bold red]FAILED[/bold red]"
-        table.add_row(escape(row["arm"]), escape(row["name"]), verdict, escape(row["reason"]))
-    out.print(table)
+        table.add_row(escape(row["arm"]), epsilon, escape(row["name"]), verdict, escape(row["reason"]))
+    _print_whole(table)
     failed = sum(not row["passed"] for row in rows)
     if failed:
         err.print(
@@ -73,7 +80,13 @@ def print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None) 
             table.add_section()
         previous = row[group] if group is not None else None
         table.add_row(*(escape(str(cell)) for cell in row))
-    out.print(table)
+    _print_whole(table)
+
+
+def _print_whole(table: RichTable) -> None:
+    """Print a table as wide as its terminal and, into a file or a pipe, which have no width, as wide as it is."""
+    bounded = out.is_terminal or "COLUMNS" in os.environ
+    (out if bounded else Console(width=_WIDEST)).print(table)
 
 
 def print_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -164,7 +164,8 @@ def climb_arm(
             listener.begin(f"self-checks {folder.name}", 0)
             found = run_checks(model, examples, ladder, climb, sources=others)
             listener.end()
-        rows += [{"arm": folder.name, "epsilon": epsilon, **asdict(verdict)} for verdict in found]
+        common = {"arm": folder.name, "epsilon": epsilon, **norm_named(ladder)}
+        rows += [{**common, **asdict(verdict)} for verdict in found]
     write_jsonl(folder / "verdicts.jsonl", rows)
 
 
@@ -271,10 +272,14 @@ def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[
     return rows
 
 
+def norm_named(ladder: Ladder) -> dict[str, str]:
+    """Return the norm of a ladder for its rows, which name none but those that are not the maximum norm."""
+    return {} if ladder.norm == "linf" else {"norm": ladder.norm}
+
+
 def climb_rows(arm: Arm, climb: Climb, ladder: Ladder) -> list[dict[str, Any]]:
     """Return what a climb shows: the bracket of clean, claim and worst case, then each rung."""
-    common = {"arm": arm.name, "members": arm.precision, "split": "test"}
-    common |= {} if ladder.norm == "linf" else {"norm": ladder.norm}
+    common = {"arm": arm.name, "members": arm.precision, "split": "test", **norm_named(ladder)}
 
     def row(attack: str, epsilon: float, accuracy: Accuracy, **more: Any) -> dict[str, Any]:
         return {**common, "attack": attack, "epsilon": epsilon, **asdict(accuracy), **more}

@@ -11,12 +11,12 @@ def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = attacks_of(rows)
     pairs = dict.fromkeys((row["arm"], row["reference"]) for row in rows)
     found = {(row["arm"], row["reference"], row["epsilon"], row["attack"]): row for row in rows}
-    images = sorted({row["images"] for row in rows})
+    images, norm = sorted({row["images"] for row in rows}), rows[0].get("norm") if rows else None
     return Table(
         header=(
             "arm",
             "minus",
-            *(f"{attack} {epsilon_label(epsilon)}" if epsilon else attack for epsilon, attack in keys),
+            *(f"{attack} {epsilon_label(epsilon, norm)}" if epsilon else attack for epsilon, attack in keys),
         ),
         rows=tuple((*pair, *(points(found.get((*pair, *key))) for key in keys)) for pair in pairs),
         note=(

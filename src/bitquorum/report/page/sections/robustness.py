@@ -273,14 +273,15 @@ def _verdicts(part: Part) -> Html | None:
     columns = distinct([{"at": (row["arm"], row["epsilon"])} for row in rows], "at")
     found = {(row["name"], row["arm"], row["epsilon"]): row for row in rows}
     several = len({epsilon for _, epsilon in columns}) > 1
-    header = ("self-check", *(f"{arm} at {epsilon_label(at)}" if several else arm for arm, at in columns))
+    norm = part.config.get("norm")
+    header = ("self-check", *(f"{arm} at {epsilon_label(at, norm)}" if several else arm for arm, at in columns))
     body = [
         (name, *(verdict(found[name, *at]["passed"]) if (name, *at) in found else "–" for at in columns))
         for name in distinct(rows, "name")
     ]
     texts = range(len(header))
     reasons = [
-        (row["arm"], epsilon_label(row["epsilon"]), row["name"], verdict(row["passed"]), row["reason"])
+        (row["arm"], epsilon_label(row["epsilon"], norm), row["name"], verdict(row["passed"]), row["reason"])
         for row in sorted(rows, key=lambda row: bool(row["passed"]))
     ]
     long = grid(
