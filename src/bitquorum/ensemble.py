@@ -190,11 +190,11 @@ class Ensemble(nn.Module):
         count = self._draws()
         answers: list[Tensor] = []
         for member, x in zip(self.members, images, strict=True):
-            if count == 1 or not is_stochastic(member):
+            if count > 1 and is_stochastic(member):
+                with _repeated(member, count):
+                    answers.append(member(x).unflatten(0, (count, -1)))
+            else:
                 answers.append(member(x).expand(count, -1, -1))
-                continue
-            with _repeated(member, count):
-                answers.append(member(x).unflatten(0, (count, -1)))
         return answers
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
@@ -244,9 +244,9 @@ def classifier(member: nn.Module) -> nn.Module:
 
 @contextmanager
 def _repeated(member: nn.Module, count: int) -> Iterator[None]:
-    """Let a member repeat its batch for so many draws: at its first part with noise, for those before it are the same.
+    """Let a member repeat its batch for so many draws, before the first of its parts with noise.
 
-    In training all parts get all rows, for a norm layer counts them, as does a member that is no sequence of parts.
+    A member in training, whose norm layers count rows, and one that is no plain sequence of parts repeat it at once.
     """
     parts = member if type(member) is nn.Sequential and not member.training else (member,)
     first = next(part for part in parts if is_stochastic(part))

@@ -369,7 +369,8 @@ class Arena:
 
             size = len(met[rows])
             if test is not None:
-                parts.append(test(predict, size, block=4, device=found.device))
+                block = min(test.least, self._draws_at_once(size))
+                parts.append(test(predict, size, block=block, device=found.device))
                 continue
             right = predict(torch.arange(size, device=found.device), 0, 1)[0]
             parts.append(Tally(right=right.long(), draws=torch.ones_like(right).long(), broken=~right))
@@ -413,9 +414,10 @@ class Arena:
         if not len(rows):
             return torch.zeros(0, device=version.device)
         first = count = self.ladder.survivors.most
+        block = self._draws_at_once(len(rows))
         parts = [
-            self.right(version, rows, "selection", start, min(8, first + count - start))
-            for start in range(first, first + count, 8)
+            self.right(version, rows, "selection", start, min(block, first + count - start))
+            for start in range(first, first + count, block)
         ]
         return torch.cat(parts).float().mean(0)
 
@@ -425,10 +427,15 @@ class Arena:
         correct = torch.zeros(draws, len(met), dtype=torch.bool, device=found.device)
         for first in range(0, len(met), self.ladder.batch_size):
             rows = slice(first, first + self.ladder.batch_size)
-            for start in range(0, count, 5):
-                number = min(5, count - start)
+            block = self._draws_at_once(len(met[rows]))
+            for start in range(0, count, block):
+                number = min(block, count - start)
                 correct[start : start + number, rows] = self.right(found[rows], met[rows], "judge", start, number)
         return correct if count == draws else correct[:1].expand(draws, -1).clone()
+
+    def _draws_at_once(self, images: int) -> int:
+        """Return how many draws make, of so many images, the rows of a full batch under an attack of ten draws."""
+        return max(1, 10 * self.ladder.batch_size // images)
 
     def right(
         self, found: Float[Tensor, "chosen *image"], rows: Int[Tensor, "chosen"], purpose: str, first: int, count: int
