@@ -190,11 +190,12 @@ class Ensemble(nn.Module):
         count = self._draws()
         answers: list[Tensor] = []
         for member, x in zip(self.members, images, strict=True):
-            if count > 1 and is_stochastic(member):
-                with _repeated(member, count):
-                    answers.append(member(x).unflatten(0, (count, -1)))
-            else:
+            noisy = _first_noise(member) if count > 1 else None
+            if noisy is None:
                 answers.append(member(x).expand(count, -1, -1))
+                continue
+            with _repeated(noisy, count):
+                answers.append(member(x).unflatten(0, (count, -1)))
         return answers
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
@@ -242,15 +243,19 @@ def classifier(member: nn.Module) -> nn.Module:
     return found[-1]
 
 
-@contextmanager
-def _repeated(member: nn.Module, count: int) -> Iterator[None]:
-    """Let a member repeat its batch for so many draws, before the first of its parts with noise.
+def _first_noise(member: nn.Module) -> nn.Module | None:
+    """Return the first part of a member with noise, or `None`: all draws share what comes before it.
 
-    A member in training, whose norm layers count rows, and one that is no plain sequence of parts repeat it at once.
+    Of a member in training, whose norm layers count rows, and of one that is no plain sequence the only part is itself.
     """
-    parts = member if type(member) is nn.Sequential and not member.training else (member,)
-    first = next(part for part in parts if is_stochastic(part))
-    hook = first.register_forward_pre_hook(lambda _, args: (_repeat(args[0], count), *args[1:]), prepend=True)
+    parts = [*member, member] if type(member) is nn.Sequential and not member.training else [member]
+    return next((part for part in parts if is_stochastic(part)), None)
+
+
+@contextmanager
+def _repeated(part: nn.Module, count: int) -> Iterator[None]:
+    """Let a part of a network get its batch repeated for so many draws."""
+    hook = part.register_forward_pre_hook(lambda _, args: (_repeat(args[0], count), *args[1:]), prepend=True)
     try:
         yield
     finally:

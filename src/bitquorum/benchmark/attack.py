@@ -26,11 +26,10 @@ def attack(sizes: Sizes) -> Iterator[Workload]:
         name=f"PGD-{sizes.steps}, float", contenders=(bare, ours, *_peers(network, images, labels, sizes.steps))
     )
     noisy = _noisy(network, sizes)
-    copies, seeds = images.repeat(4, 1, 1, 1), [1, 2, 3, 4]
 
     def passes() -> None:
-        with kernels.use(fastest(sizes.device)), rng.draw(seeds, examples):
-            _bare(noisy.members[0], copies, labels.repeat(4), sizes.steps)
+        with kernels.use(fastest(sizes.device)), rng.draw([1, 2, 3, 4], examples):
+            _bare(lambda x: noisy(x).flatten(0, 2), images, labels.repeat(4), sizes.steps)
 
     yield Workload(
         name=f"PGD-{sizes.steps}, SQ, EOT 4",
@@ -58,7 +57,7 @@ def _noisy(network: nn.Module, sizes: Sizes) -> Ensemble:
     return Ensemble.build([network], [policy]).to(sizes.device).eval().requires_grad_(False)
 
 
-def _bare(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
+def _bare(network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, steps: int) -> None:
     """Take the passes of an attack, and nothing else."""
     for _ in range(steps):
         x = images.detach().requires_grad_()

@@ -6,15 +6,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from bitquorum.evaluate import CLEAN, Ladder, worst
+from bitquorum.evaluate import CLEAN, worst
 from bitquorum.evaluate.compare import difference, holm
-from bitquorum.experiment.ladder import norm_named, read_climb
+from bitquorum.experiment.ladder import norm_named, read_climb, read_ladder
 from bitquorum.experiment.runs import choose_arms, experiment_of, read_cell
 from bitquorum.files import read_jsonl, write_jsonl
 from bitquorum.interface import DataError
-from bitquorum.registry import decode
 from bitquorum.store import Run
-from bitquorum.toml import read_toml
 
 
 def compare_run(stored: Run, *, reference: str | None = None) -> list[list[dict[str, Any]]]:
@@ -65,7 +63,7 @@ def _differences(folder: Path, base: str, others: list[str]) -> list[dict[str, A
     theirs = _rates(folder, base)
     ours = {arm: _rates(folder, arm) for arm in others}
     path = folder / "ladder.toml"
-    norm = norm_named(decode(Ladder, read_toml(path))) if path.exists() else {}
+    norm = norm_named(read_ladder(path)) if path.exists() else {}
     rows: list[dict[str, Any]] = []
     for (attack, epsilon), rates in theirs.items():
         found = {

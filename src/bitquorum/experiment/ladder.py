@@ -92,8 +92,12 @@ def ladder_folder(stored: Run, ladder: Ladder) -> Path:
 
 def ladders(stored: Run) -> list[Ladder]:
     """Return the ladders that have been climbed with a run, at least with some of its arms."""
-    found = sorted((stored.path / "ladders").glob("*/ladder.toml"))
-    return [decode(Ladder, read_toml(path)) for path in found]
+    return [read_ladder(path) for path in sorted((stored.path / "ladders").glob("*/ladder.toml"))]
+
+
+def read_ladder(path: Path) -> Ladder:
+    """Return the ladder that a file beside its results describes."""
+    return decode(Ladder, read_toml(path))
 
 
 def ladder_rows(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
