@@ -30,6 +30,7 @@ from bitquorum.objective import (
     EnsembleCrossEntropy,
     FeatureMI,
     InputGradient,
+    LinearizedLoss,
     MemberCrossEntropy,
     Objective,
     OutputMI,
@@ -516,6 +517,44 @@ def test_input_gradient_refuses_unknown_choices(name: str, value: str):
     object.__setattr__(term, name, value)  # past the run-time check of annotations, which users do not have
     with pytest.raises(InputError, match="norm l1 or l2"):
         term.__post_init__()
+
+
+def test_the_linearized_loss_is_that_under_attack_where_the_log_odds_are_linear():
+    """With two classes the log-odds of a linear model are linear, and one step along the sign is the worst attack."""
+    weights = [normal(16, 2, 8).double(), normal(17, 2, 8).double()]
+    x, labels = (uniform(18, 5, 1, 2, 4).double() / 2 + 0.25).requires_grad_(), torch.tensor([0, 1, 1, 0, 1])
+    epsilon, attacked = 0.1, []
+    for w in weights:
+        worst = x.detach().flatten(1) + epsilon * (w[1 - labels] - w[labels]).sign()
+        attacked.append(nn.functional.cross_entropy(worst @ w.T, labels))
+    said = step(linear(weights), x, labels)
+    loss, _ = Objective(terms=(MemberCrossEntropy(), LinearizedLoss(epsilon=epsilon, warmup=0.0)))(said)
+    torch.testing.assert_close(loss, torch.stack(attacked).mean())
+
+
+def test_a_small_linearized_rise_is_the_input_gradient_penalty():
+    weights = [normal(16, 3, 8).double(), normal(17, 3, 8).double()]
+    x, labels = uniform(18, 5, 1, 2, 4).double().requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
+    said = step(linear(weights), x, labels)
+    rise = LinearizedLoss(epsilon=1e-7)(said) / 1e-7
+    torch.testing.assert_close(rise, InputGradient()(said), rtol=1e-5, atol=0.0)
+
+
+def test_the_linearized_rise_stays_where_the_gradient_of_cross_entropy_has_vanished():
+    weight = 30 * normal(16, 3, 8).double()  # so sure that 1 - p is below 1e-9, and steep
+    x = uniform(18, 64, 1, 2, 4).double()
+    z = x.flatten(1) @ weight.T
+    sure = (z.softmax(1).max(1).values > 1 - 1e-9).nonzero()[:, 0]
+    assert len(sure) > 4
+    said = step(linear([weight]), x[sure].requires_grad_(), z.argmax(1)[sure])
+    assert InputGradient()(said) < 1e-4
+    assert LinearizedLoss(epsilon=0.3)(said) > 1
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -0.1, math.inf, math.nan])
+def test_the_linearized_loss_refuses_a_radius_of_nothing(epsilon: float):
+    with pytest.raises(InputError, match="epsilon above 0"):
+        LinearizedLoss(epsilon=epsilon)
 
 
 # Adversarial training

@@ -6,7 +6,7 @@ from bitquorum.objective.diversity import ConditionalMI, FeatureMI, OutputMI
 from bitquorum.objective.layerwise import PARL
 from bitquorum.objective.likelihood import Distillation, EnsembleCrossEntropy, MemberCrossEntropy
 from bitquorum.objective.peers import ADP, GAL, TRS, Orthogonality
-from bitquorum.objective.robustness import Adversarial, InputGradient, Trades
+from bitquorum.objective.robustness import Adversarial, InputGradient, LinearizedLoss, Trades
 from bitquorum.objective.sum import Objective
 from bitquorum.objective.term import Reduce, Step, Term
 
@@ -23,6 +23,7 @@ __all__ = [
     "FeatureMI",
     "InputGradient",
     "IntervalBound",
+    "LinearizedLoss",
     "MemberCrossEntropy",
     "Objective",
     "Orthogonality",

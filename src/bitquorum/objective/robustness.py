@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from bitquorum import kernels, rng
 from bitquorum.attacks import PGD, Attack
@@ -118,6 +119,57 @@ class InputGradient(Term):
         if self.norm == "l1":
             return flat.abs().sum(1).mean()
         return (flat.square().sum(1) + 1e-12).sqrt().mean()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LinearizedLoss(Term):
+    r"""Add what a loss rises by under the worst attack on a linear model of the network: no adversarial image is made.
+
+    Cross-entropy is $\mathrm{softplus}(-m)$ of the log-odds $m = \log p_y - \log (1 - p_y)$. An attack of radius
+    epsilon in the maximum norm takes at most $\epsilon \|\nabla_x m\|_1$ from log-odds that are linear in the image;
+    the term is $E[\mathrm{softplus}(\epsilon \|\nabla_x m\|_1 - m) - \mathrm{softplus}(-m)]$, so that with
+    `MemberCrossEntropy` it sums to the loss under that attack. To first order in epsilon it is `InputGradient` of equal
+    weight. Beyond, it differs where the network is sure: the gradient of cross-entropy vanishes with $1 - p_y$, the
+    rise does so only where the log-odds exceed what the attack can take. It needs second derivatives.
+
+    Reference for margins of a network made linear at the image: Elsayed et al., 2018, Large margin deep networks for
+    classification, https://arxiv.org/abs/1803.05598, section 3. Deviation: log-odds in place of a margin for each other
+    class, cross-entropy in place of a hinge, per low-bit member.
+
+    Attributes:
+        epsilon: Radius in the maximum norm, in units of the image.
+    """
+
+    warmup: float = 0.5
+    epsilon: float = 5 / 255
+    needs_image_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.epsilon < math.inf:
+            raise InputError(f"expected an epsilon above 0, got {self.epsilon}")
+
+    @property
+    def capturable(self) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, step: Step) -> Float[Tensor, ""]:
+        """Return the mean rise over members and examples, in nats."""
+        rises: list[Tensor] = []
+        for part in step.outputs.parts:
+            odds = _log_odds(kernels.wide(part), step.labels).mean(0)
+            (gradient,) = torch.autograd.grad(odds.sum(), step.images, create_graph=True, retain_graph=True)
+            lost = self.epsilon * gradient.flatten(1).abs().sum(1)
+            rises.append((softplus(lost - odds) - softplus(-odds)).mean())
+        return torch.stack(rises).mean()
+
+
+def _log_odds(logits: Float[Tensor, "draw batch classes"], labels: Int[Tensor, "batch"]) -> Float[Tensor, "draw batch"]:
+    """Return the logit of the true class less the logsumexp of all others."""
+    true = labels.expand(logits.shape[:-1])[..., None]
+    return logits.gather(-1, true)[..., 0] - logits.scatter(-1, true, -math.inf).logsumexp(-1)
 
 
 @final
