@@ -28,6 +28,7 @@ from bitquorum.quantizers import (
     Surrogate,
 )
 from bitquorum.quantizers import mean as sums
+from bitquorum.quantizers.twin import twin as without_noise
 from bitquorum.zoo import BatchNorm
 
 LAWS = {
@@ -537,6 +538,30 @@ def test_the_fused_quantizer_trains_its_range_as_the_plain_one(compiled, grid):
     fused = derivatives(run, x, *quantizer.parameters())
     kernels.use("eager")
     close(fused, derivatives(run, x, *quantizer.parameters()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("law", ["smooth-rounding", pytest.param("logistic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("grid", [pytest.param("one-sided", marks=pytest.mark.slow), "two-sided"])
+def test_the_fused_mean_equals_the_plain_one(compiled, law, grid, monkeypatch):
+    quantizer = Quantizer(3, grid=grid, low=-0.3, high=2.0, law=LAWS[law], learned=True)
+    x = (values(6, 4, 5, 7, top=3) - 1).to(memory_format=torch.channels_last).requires_grad_()
+
+    def run(x):
+        with without_noise("mean"):
+            return quantizer(x * 1)
+
+    asked, expect = [], kernels.expect
+    monkeypatch.setattr(kernels, "expect", lambda *given: asked.append(given) or expect(*given))
+    fused = derivatives(run, x, *quantizer.parameters())
+    assert asked
+    assert fused[0].is_contiguous(memory_format=torch.channels_last)
+    half = derivatives(run, x.detach().bfloat16().requires_grad_(), *quantizer.parameters())
+    monkeypatch.setattr(kernels, "expect", None)  # would fail where it is called
+    kernels.use("eager")
+    torch.testing.assert_close(fused[0], quantizer.mean(x).detach())
+    close(fused, derivatives(run, x, *quantizer.parameters()))
+    close(half[:2], derivatives(run, x.detach().bfloat16().requires_grad_())[:2], rtol=2e-2)
 
 
 @needs_compiler

@@ -36,7 +36,7 @@ from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvatu
 from bitquorum.kernels.noise import LawName, draw, keys, mix64, uniform
 from bitquorum.kernels.normalize import fits_normalization, normalize
 from bitquorum.kernels.precision import wide
-from bitquorum.kernels.quantize import MeanCode, fits_quantization, quantize
+from bitquorum.kernels.quantize import MeanCode, expect, fits_expectation, fits_quantization, quantize
 from bitquorum.kernels.rounding import round_symmetric
 
 __all__ = [
@@ -48,8 +48,10 @@ __all__ = [
     "compiler_available",
     "convolve",
     "draw",
+    "expect",
     "fits",
     "fits_convolution",
+    "fits_expectation",
     "fits_gelu",
     "fits_normalization",
     "fits_quantization",

@@ -1,8 +1,8 @@
 """Quantize activations in one pass, forwards and backwards, without a noise tensor.
 
-The three passes are those of the plain quantizer, fused: the forward pass draws and decodes the code, the backward pass
-multiplies by the slope of the mean, its own backward pass by slope and curvature. Nothing is kept but the input and,
-where the range is learned, the result.
+The three passes are those of the plain quantizer, fused: the forward pass draws and decodes the code (or decodes the
+mean code, for copies without noise), the backward pass multiplies by the slope of the mean, its own backward pass by
+slope and curvature. Nothing is kept but the input and, where the range is learned, the result.
 """
 
 from typing import Any, NamedTuple, no_type_check
@@ -11,8 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 
 from bitquorum.kernels import choice, layout, mean, noise
+
+EXPECTED: tuple[mean.SmoothLawName, ...] = ("logistic", "smooth-rounding")  # laws that `expect` knows
+_SUMMED = 40  # thresholds in `expect`; more take too long to compile
 
 
 class MeanCode(NamedTuple):
@@ -40,6 +44,12 @@ def fits_quantization(x: Tensor, grid: MeanCode) -> bool:
     )
 
 
+def fits_expectation(x: Tensor, grid: MeanCode) -> bool:
+    """Return whether `expect` serves this batch."""
+    known = grid.law == "smooth-rounding" or (grid.law in EXPECTED and grid.top <= _SUMMED)
+    return known and fits_quantization(x, grid)
+
+
 def quantize(
     x: Float[Tensor, "rows *rest"],
     keys: Int[Tensor, "rows"],
@@ -61,7 +71,30 @@ def quantize(
         step: Distance of the levels.
         grid: The rest.
     """
-    values = _draw(x.detach(), keys, low.detach(), step.detach(), grid)
+    return _attach(_draw(x.detach(), keys, low.detach(), step.detach(), grid), x, low, step, grid)
+
+
+def expect(
+    x: Float[Tensor, "rows *rest"], low: Float[Tensor, ""], step: Float[Tensor, ""], grid: MeanCode
+) -> Float[Tensor, "rows *rest"] | None:
+    """Return `low` plus `step` times the mean code, for laws in `EXPECTED`, or `None` where the compiler fails.
+
+    Differentiable as `quantize` is, with the mean code in place of the drawn one; arguments are those of `quantize`.
+    """
+    values = choice.call(
+        _mean_values,
+        layout.flatten(x.detach()),
+        low.detach(),
+        step.detach(),
+        noise.scalar(grid.scale, x.device),
+        law=grid.law,
+        top=grid.top,
+    )
+    return _attach(None if values is None else layout.unflatten(values, x), x, low, step, grid)
+
+
+def _attach(values: Tensor | None, x: Tensor, low: Tensor, step: Tensor, grid: MeanCode) -> Tensor | None:
+    """Return the values with the derivatives of the mean."""
     if values is None or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, low, step))):
         return values
     low, step = (t.view_as(t) if t.is_leaf and t.requires_grad else t for t in (low, step))  # for `choice.runs`
@@ -166,6 +199,17 @@ def _values(
 ) -> Tensor:
     z = (x.float() - low) / step
     code = noise.codes(halves, counter, z, top, scale, terms, law=law, compiled=True)
+    return (low + code * step).to(x.dtype)
+
+
+@no_type_check
+def _mean_values(x: Tensor, low: Tensor, step: Tensor, scale: Tensor, *, law: str, top: int) -> Tensor:
+    z = (x.float() - low) * (1 / step)
+    if law == "smooth-rounding":
+        code = scale * (softplus(z / scale) - softplus((z - top) / scale))
+    else:
+        rate = 1 / scale
+        code = sum(torch.sigmoid((z - (k + 0.5)) * rate) for k in range(top))
     return (low + code * step).to(x.dtype)
 
 

@@ -117,11 +117,12 @@ class Quantizer(nn.Module):
             x: Values in any range.
             noise: Uniform numbers in (0, 1); drawn by `rng` for a batch of activations when omitted.
         """
-        fused = None if noise is not None or twin.ambient() else self._fused(x)
+        kind = twin.ambient()
+        fused = None if noise is not None else self._fused(x, kind)
         if fused is not None:
             return fused
         z, low, step = self._steps(x)
-        if kind := twin.ambient():
+        if kind:
             code = self._without_noise(z, kind)
         else:
             code = self._draw(z.detach(), noise)
@@ -296,18 +297,24 @@ class Quantizer(nn.Module):
 
     def _without_noise(self, z: Tensor, kind: twin.Twin) -> Tensor:
         if kind == "mean":
-            law, scale = self.law, self.scale()
-            if isinstance(law, Deterministic):
-                law = law.smooth_as or Logistic()
-                scale = law.scale
+            law, scale = self._shown_law()
             if isinstance(scale, Tensor) or not isinstance(law, SmoothLaw):
                 return mean_code(z, self.top, law, scale)
             return attach_mean(mean_code(z.detach(), self.top, law, scale), z, self.top, law, scale)
         inside = z.clamp(0, self.top)
         return inside if kind == "float" else inside.detach().round() + (inside - inside.detach())
 
-    def _fused(self, x: Tensor) -> Tensor | None:
+    def _shown_law(self) -> tuple[Law, Tensor | float]:
+        """Return the law whose mean is shown, and its scale: a quantizer without noise shows a smooth stand-in."""
+        if isinstance(self.law, Deterministic):
+            law = self.law.smooth_as or Logistic()
+            return law, law.scale
+        return self.law, self.scale()
+
+    def _fused(self, x: Tensor, kind: twin.Twin | None) -> Tensor | None:
         """Return the values in one pass, where there is one."""
+        if kind:
+            return self._fused_mean(x) if kind == "mean" else None
         if isinstance(self.law, Deterministic):
             return self._fused_rounding(x)
         return self._fused_draw(x)
@@ -333,17 +340,25 @@ class Quantizer(nn.Module):
         grid = kernels.MeanCode(law=name, top=self.top, scale=scale, width=chosen.width)
         if not kernels.fits_quantization(x, grid):
             return None
+        return kernels.quantize(x, rng.row_keys(x, self.address), *self._range_tensors(x), grid)
+
+    def _fused_mean(self, x: Tensor) -> Tensor | None:
+        """Return the mean of a law with a smooth one, over one range."""
+        law, scale = self._shown_law()
+        name = SMOOTH.get(type(law))
+        if name is None or isinstance(scale, Tensor) or self.pact or self.grid == "symmetric" or self.log_step.dim():
+            return None
+        grid = kernels.MeanCode(law=name, top=self.top, scale=scale)
+        return kernels.expect(x, *self._range_tensors(x), grid) if kernels.fits_expectation(x, grid) else None
+
+    def _range_tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, step = self._range(x)
-        low = low if isinstance(low, Tensor) else torch.zeros_like(step)
-        return kernels.quantize(x, rng.row_keys(x, self.address), low, step, grid)
+        return low if isinstance(low, Tensor) else torch.zeros_like(step), step
 
     def _attach_gradient(self, code: Tensor, z: Tensor) -> Tensor:
         chosen = ambient() or self.surrogate
         backward = chosen.backward or self.surrogate.backward
-        law, scale = self.law, self.scale()
-        if backward == "mean" and isinstance(law, Deterministic):
-            law = law.smooth_as or Logistic()  # without one only an attacker gets here: BPDA by a smooth stand-in
-            scale = law.scale
+        law, scale = self._shown_law() if backward == "mean" else (self.law, self.scale())  # a stand-in is BPDA
         if backward == "gumbel" and law.stochastic:
             return self._attach_gumbel(code, z, scale, chosen.temperature or self.temperature)
         if backward == "mean" and isinstance(law, SmoothLaw):
