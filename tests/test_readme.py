@@ -47,7 +47,7 @@ STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
     "differences": ("evaluations/*/differences.jsonl", difference_table),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
-    "climb-seconds": ("ladders/*/*/seconds.jsonl", ladder_seconds),
+    "climb-seconds": ("ladders/*/**/*.jsonl", ladder_seconds),
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
     "certified": ("certificates/*/metrics.jsonl", certificate_table),
     "museum": ("metrics.jsonl", museum_table),

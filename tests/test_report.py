@@ -238,7 +238,7 @@ def test_what_peers_took_is_a_multiple_of_what_the_ladder_took():
 
 
 def test_seconds_of_a_ladder_beside_those_of_peers():
-    rows = [
+    timed = [
         {"arm": "plain", "epsilon": 0.1, "rung": "PGD", "seconds": 1.5},
         {"arm": "plain", "epsilon": 0.1, "rung": "FGSM", "seconds": 0.5},
         {"arm": "plain", "epsilon": 0.1, "peer": "rand 1", "seconds": 9.0},
@@ -249,6 +249,23 @@ def test_seconds_of_a_ladder_beside_those_of_peers():
         {"arm": "twice", "epsilon": 0.1, "peer": "rand 1", "seconds": 3.0},
         {"arm": "twice", "epsilon": 0.2, "peer": "rand 1", "seconds": 5.0},
     ]
-    table = ladder_seconds(rows)
-    assert table.header == ("arm", "ladder", "rand 1")
-    assert table.rows == (("plain", "2.0", "8.0 (4.0)"), ("noisy", "4.0", "-"), ("twice", "2.0", "8.0 (4.0)"))
+    table = ladder_seconds(timed)
+    assert table.header == ("arm", "ladder", "rand 1", "ladder until as low")
+    assert table.rows[:2] == (("plain", "2.0", "8.0 (4.0)", "-"), ("noisy", "4.0", "-", "-"))
+    assert table.rows[2:] == (("twice", "2.0", "8.0 (4.0)", "-"),)
+    metrics = [
+        {"arm": arm, "epsilon": epsilon, "name": name, "attack": attack, "value": value}
+        for arm, epsilon, name, attack, value in (
+            ("plain", 0.1, "left", "clean", 0.9),
+            ("plain", 0.1, "left", "PGD", 0.4),
+            ("plain", 0.1, "left", "FGSM", 0.3),
+            ("plain", 0.1, "second opinion", "rand 1", 0.4),
+            ("twice", 0.1, "left", "PGD", 0.2),
+            ("twice", 0.1, "second opinion", "rand 1", 0.2),
+            ("twice", 0.2, "left", "PGD", 0.2),
+            ("twice", 0.2, "second opinion", "rand 1", 0.1),
+        )
+    ]
+    assert [row[3] for row in ladder_seconds(timed + metrics).rows] == ["1.5 (5.3)", "-", "-"]
+    metrics[-1]["value"] = 0.2
+    assert [row[3] for row in ladder_seconds(metrics + timed).rows] == ["1.5 (5.3)", "-", "2.0 (4.0)"]

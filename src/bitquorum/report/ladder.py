@@ -55,20 +55,53 @@ def rungs(rows: Sequence[dict[str, Any]], arm: str, epsilon: float) -> Table:
 def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
     """Return what the ladder took with each arm and, in brackets as a multiple of it, each peer.
 
+    Beside each peer stands after how long the ladder had left as little as the peer did in the end, rung by rung, and
+    what the peer took as a multiple of that; `-` where it never had.
+
     Args:
-        rows: Of `seconds.jsonl` of each arm: a rung, or a peer, each.
+        rows: Of `seconds.jsonl` of each arm, a rung or a peer each, and of `metrics.jsonl` of the ladder.
     """
-    peers = list(dict.fromkeys(row["peer"] for row in rows if "peer" in row))
+    times = [row for row in rows if "seconds" in row and ("rung" in row or "peer" in row)]
+    peers = list(dict.fromkeys(row["peer"] for row in times if "peer" in row))
     body = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        here = [row for row in rows if row["arm"] == arm]
-        ours = sum(row["seconds"] for row in here if "peer" not in row)
-        asked = {(row["peer"], row["epsilon"]): row["seconds"] for row in here if "peer" in row}
-        theirs = {peer: sum(took for (name, _), took in asked.items() if name == peer) for peer, _ in asked}
-        cells = (f"{theirs[peer]:.1f} ({theirs[peer] / ours:.1f})" if peer in theirs else "-" for peer in peers)
+    for arm in dict.fromkeys(row["arm"] for row in times):
+        here = [row for row in rows if row.get("arm") == arm]
+        climbed = [row for row in times if row["arm"] == arm and "rung" in row]
+        ours = sum(row["seconds"] for row in climbed)
+        asked = {(row["peer"], row["epsilon"]): row["seconds"] for row in times if row["arm"] == arm and "peer" in row}
+        cells = []
+        for peer in peers:
+            took = {epsilon: seconds for (name, epsilon), seconds in asked.items() if name == peer}
+            theirs = sum(took.values())
+            as_low = [_as_low_after(here, climbed, peer, epsilon) for epsilon in took]
+            equal = None if None in as_low else sum(seconds for seconds in as_low if seconds is not None)
+            cells.append(f"{theirs:.1f} ({theirs / ours:.1f})" if took else "-")
+            cells.append(f"{equal:.1f} ({theirs / equal:.1f})" if took and equal else "-")
         body.append((arm, f"{ours:.1f}", *cells))
-    note = "Seconds, one after the other in one run; in brackets as a multiple of the ladder's, without self-checks."
-    return Table(header=("arm", "ladder", *peers), rows=tuple(body), note=note)
+    note = (
+        "Seconds, one after the other in one run; in brackets what the peer took as a multiple of them, without "
+        "self-checks. As low: until the ladder had left no more than the peer in the end."
+    )
+    return Table(
+        header=("arm", "ladder", *(name for peer in peers for name in (peer, "ladder until as low"))),
+        rows=tuple(body),
+        note=note,
+    )
+
+
+def _as_low_after(
+    rows: Sequence[dict[str, Any]], climbed: Sequence[dict[str, Any]], peer: str, epsilon: float
+) -> float | None:
+    """Return the seconds of the first rungs after which the ladder had left no more than a peer."""
+    opinion = _first(rows, name="second opinion", attack=peer, epsilon=epsilon)
+    left = {row["attack"]: row["value"] for row in rows if row.get("name") == "left" and row["epsilon"] == epsilon}
+    passed = 0.0
+    for row in climbed:
+        if row["epsilon"] == epsilon:
+            passed += row["seconds"]
+            if opinion and left.get(row["rung"], 2.0) <= opinion["value"]:
+                return passed
+    return None
 
 
 def _first(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
