@@ -18,6 +18,7 @@ from bitquorum.experiment import (
     climb_run,
     create,
     ladder_rows,
+    ladder_times,
     ladders,
     restore_ensemble,
     train,
@@ -27,7 +28,7 @@ from bitquorum.experiment import (
 from bitquorum.experiment import ladder as module
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import ConfigError, DataError, Listener
-from bitquorum.report import bracket, rungs
+from bitquorum.report import bracket, ladder_seconds, rungs
 from bitquorum.store import Run
 
 pytestmark = pytest.mark.long
@@ -246,6 +247,10 @@ def test_a_second_opinion_is_judged_on_our_draws(copied: Run, monkeypatch: pytes
         taken = read_jsonl(module.ladder_folder(copied, LADDER) / arm / "seconds.jsonl")
         assert [row["seconds"] for row in taken if row.get("peer") == "autoattack-rand 9.9"] == [1.0, 1.0]
         assert {row["arm"] for row in taken if "rung" in row} <= {arm}
+    table = ladder_seconds(rows + ladder_times(copied, LADDER))
+    assert table is not None
+    assert [row[0] for row in table.rows] == list(clean)
+    assert all(row[2].startswith("2.0") and row[3] != "-" for row in table.rows)  # it left all that was clean
 
 
 def test_an_unknown_peer_is_named_before_any_work(copied: Run):

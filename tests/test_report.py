@@ -249,7 +249,15 @@ def test_seconds_of_a_ladder_beside_those_of_peers():
         {"arm": "twice", "epsilon": 0.1, "peer": "rand 1", "seconds": 3.0},
         {"arm": "twice", "epsilon": 0.2, "peer": "rand 1", "seconds": 5.0},
     ]
+    assert ladder_seconds([row for row in timed if "rung" in row]) is None
+
+    def rows(given: list[dict[str, Any]]) -> tuple[tuple[str, ...], ...]:
+        table = ladder_seconds(given)
+        assert table is not None
+        return table.rows
+
     table = ladder_seconds(timed)
+    assert table is not None
     assert table.header == ("arm", "ladder", "rand 1", "ladder until as low")
     assert table.rows[:2] == (("plain", "2.0", "8.0 (4.0)", "-"), ("noisy", "4.0", "-", "-"))
     assert table.rows[2:] == (("twice", "2.0", "8.0 (4.0)", "-"),)
@@ -266,6 +274,9 @@ def test_seconds_of_a_ladder_beside_those_of_peers():
             ("twice", 0.2, "second opinion", "rand 1", 0.1),
         )
     ]
-    assert [row[3] for row in ladder_seconds(timed + metrics).rows] == ["1.5 (5.3)", "-", "-"]
+    assert [row[3] for row in rows(timed + metrics)] == ["1.5 (5.3)", "-", "-"]
     metrics[-1]["value"] = 0.2
-    assert [row[3] for row in ladder_seconds(metrics + timed).rows] == ["1.5 (5.3)", "-", "2.0 (4.0)"]
+    assert [row[3] for row in rows(metrics + timed)] == ["1.5 (5.3)", "-", "2.0 (4.0)"]
+    for entry in timed:  # networks so tiny that a rung takes no tenth of a second
+        entry["seconds"] = 0.0
+    assert [row[2:] for row in rows(metrics + timed)] == [("0.0", "0.0"), ("-", "-"), ("0.0", "0.0")]

@@ -114,7 +114,7 @@ def _climb(
     from bitquorum import experiment
     from bitquorum.evaluate import ladder_named
     from bitquorum.registry import apply_overrides, decode, encode
-    from bitquorum.report import bracket, rungs
+    from bitquorum.report import bracket, ladder_seconds, rungs
 
     chosen = ladder_named(name)
     given = [number(epsilon) for epsilon in epsilons]
@@ -127,6 +127,8 @@ def _climb(
     for label, radius in dict.fromkeys((row["arm"], row["epsilon"]) for row in rows if row["name"] == "left"):
         print_table(rungs(rows, label, radius))
     print_table(bracket(rows))
+    if times := ladder_seconds(rows + experiment.ladder_times(stored, chosen)):
+        print_table(times)
     failed = print_verdicts(experiment.verdicts(stored, chosen))
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
     if failed:

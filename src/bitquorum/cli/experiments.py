@@ -107,7 +107,7 @@ def show(
 ) -> None:
     """Print the stored table of a run, without computing anything."""
     from bitquorum.bench import is_bench, summary
-    from bitquorum.experiment import differences, ladder_rows, ladders, results
+    from bitquorum.experiment import differences, ladder_rows, ladder_times, ladders, results
     from bitquorum.museum import is_museum, museum_rows
     from bitquorum.report import (
         bench_table,
@@ -115,6 +115,7 @@ def show(
         bracket,
         comparison,
         difference_table,
+        ladder_seconds,
         museum_table,
         peer_seconds,
         peer_table,
@@ -133,7 +134,10 @@ def show(
         tables = [bench_table(summary(stored))] if markdown else list(bench_tables(summary(stored)))
     else:
         tables = [comparison(rows)] if (rows := results(stored)) else []
-        tables += [bracket(rows) for ladder in ladders(stored) if (rows := ladder_rows(stored, ladder))]
+        for ladder in ladders(stored):
+            if rows := ladder_rows(stored, ladder):
+                times = ladder_seconds(rows + ladder_times(stored, ladder))
+                tables += [bracket(rows), *([times] if times else [])]
         tables += [difference_table(rows) for rows in differences(stored)]
     if markdown and tables:
         print("\n\n".join(table.markdown() for table in tables))

@@ -40,8 +40,17 @@ def print_verdicts(rows: list[dict[str, Any]]) -> int:
 
 def show_run(stored: "Run") -> None:
     """Print everything that a run has stored, without computing."""
-    from bitquorum.experiment import ceilings, certificates, differences, ladder_rows, ladders, results, verdicts
-    from bitquorum.report import bracket, certificate_table, comparison, difference_table, environments
+    from bitquorum.experiment import (
+        ceilings,
+        certificates,
+        differences,
+        ladder_rows,
+        ladder_times,
+        ladders,
+        results,
+        verdicts,
+    )
+    from bitquorum.report import bracket, certificate_table, comparison, difference_table, environments, ladder_seconds
 
     if rows := results(stored):
         print_table(comparison(rows))
@@ -50,6 +59,8 @@ def show_run(stored: "Run") -> None:
     for ladder in ladders(stored):
         if rows := ladder_rows(stored, ladder):
             print_table(bracket(rows))
+            if times := ladder_seconds(rows + ladder_times(stored, ladder)):
+                print_table(times)
             print_verdicts(verdicts(stored, ladder))
     for rows in differences(stored):
         print_table(difference_table(rows))

@@ -3,7 +3,7 @@
 from bitquorum.experiment.certify import attacked_epsilons, ceilings, certificates, certify_run
 from bitquorum.experiment.compare import compare_run, differences
 from bitquorum.experiment.detect import detect_run, last_attack
-from bitquorum.experiment.ladder import climb_run, ladder_rows, ladders, usual_epsilons, verdicts
+from bitquorum.experiment.ladder import climb_run, ladder_rows, ladder_times, ladders, usual_epsilons, verdicts
 from bitquorum.experiment.plane import correlations_of, plane_run
 from bitquorum.experiment.runs import (
     build,
@@ -38,6 +38,7 @@ __all__ = [
     "evaluated_images",
     "experiment_of",
     "ladder_rows",
+    "ladder_times",
     "ladders",
     "last_attack",
     "plane_run",

@@ -105,6 +105,11 @@ def ladder_rows(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
     return read_jsonl(ladder_folder(stored, ladder) / "metrics.jsonl")
 
 
+def ladder_times(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
+    """Return the stored seconds of a ladder, one row for each arm and rung, or peer."""
+    return [row for path in sorted(ladder_folder(stored, ladder).glob("*/seconds.jsonl")) for row in read_jsonl(path)]
+
+
 def verdicts(stored: Run, ladder: Ladder) -> list[dict[str, Any]]:
     """Return the stored verdicts of the self-checks, one row for each arm, epsilon and check."""
     folder = ladder_folder(stored, ladder)

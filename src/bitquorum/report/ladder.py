@@ -52,8 +52,8 @@ def rungs(rows: Sequence[dict[str, Any]], arm: str, epsilon: float) -> Table:
     return Table(header=header, rows=tuple(body), note=note)
 
 
-def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return what the ladder took with each arm and, in brackets as a multiple of it, each peer.
+def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Return what the ladder took with each arm and, in brackets as a multiple of it, each peer; `None` without peers.
 
     Beside each peer stands after how long the ladder had left as little as the peer did in the end, rung by rung, and
     what the peer took as a multiple of that; `-` where it never had.
@@ -63,6 +63,8 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
     """
     times = [row for row in rows if "seconds" in row and ("rung" in row or "peer" in row)]
     peers = list(dict.fromkeys(row["peer"] for row in times if "peer" in row))
+    if not peers:
+        return None
     body = []
     for arm in dict.fromkeys(row["arm"] for row in times):
         here = [row for row in rows if row.get("arm") == arm]
@@ -75,8 +77,8 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
             theirs = sum(took.values())
             as_low = [_as_low_after(here, climbed, peer, epsilon) for epsilon in took]
             equal = None if None in as_low else sum(seconds for seconds in as_low if seconds is not None)
-            cells.append(f"{theirs:.1f} ({theirs / ours:.1f})" if took else "-")
-            cells.append(f"{equal:.1f} ({theirs / equal:.1f})" if took and equal else "-")
+            cells.append(f"{theirs:.1f}{_multiple(theirs, ours)}" if took else "-")
+            cells.append("-" if equal is None or not took else f"{equal:.1f}{_multiple(theirs, equal)}")
         body.append((arm, f"{ours:.1f}", *cells))
     note = (
         "Seconds, one after the other in one run; in brackets what the peer took as a multiple of them, without "
@@ -87,6 +89,11 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table:
         rows=tuple(body),
         note=note,
     )
+
+
+def _multiple(theirs: float, ours: float) -> str:
+    """Return the ratio in brackets; nothing where a tiny network took no tenth of a second."""
+    return f" ({theirs / ours:.1f})" if ours else ""
 
 
 def _as_low_after(
