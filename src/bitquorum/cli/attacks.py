@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from bitquorum.cli.printing import print_table, print_verdicts
+from bitquorum.cli.printing import ladder_tables, print_table, print_verdicts
 from bitquorum.cli.shared import RUNS, DataRoot, Device, Query, Root, app, bars, device_named, number, out, resumable
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _climb(
     from bitquorum import experiment
     from bitquorum.evaluate import ladder_named
     from bitquorum.registry import apply_overrides, decode, encode
-    from bitquorum.report import bracket, ladder_seconds, rungs
+    from bitquorum.report import rungs
 
     chosen = ladder_named(name)
     given = [number(epsilon) for epsilon in epsilons]
@@ -126,9 +126,8 @@ def _climb(
         )
     for label, radius in dict.fromkeys((row["arm"], row["epsilon"]) for row in rows if row["name"] == "left"):
         print_table(rungs(rows, label, radius))
-    print_table(bracket(rows))
-    if times := ladder_seconds(rows + experiment.ladder_times(stored, chosen)):
-        print_table(times)
+    for result in ladder_tables(stored, chosen):
+        print_table(result)
     failed = print_verdicts(experiment.verdicts(stored, chosen))
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
     if failed:

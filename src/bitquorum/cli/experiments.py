@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bitquorum.cli.printing import print_rows, print_table, show_run
+from bitquorum.cli.printing import ladder_tables, print_rows, print_table, show_run
 from bitquorum.cli.shared import (
     RUNS,
     DataRoot,
@@ -107,15 +107,13 @@ def show(
 ) -> None:
     """Print the stored table of a run, without computing anything."""
     from bitquorum.bench import is_bench, summary
-    from bitquorum.experiment import differences, ladder_rows, ladder_times, ladders, results
+    from bitquorum.experiment import differences, ladders, results
     from bitquorum.museum import is_museum, museum_rows
     from bitquorum.report import (
         bench_table,
         bench_tables,
-        bracket,
         comparison,
         difference_table,
-        ladder_seconds,
         museum_table,
         peer_seconds,
         peer_table,
@@ -134,10 +132,7 @@ def show(
         tables = [bench_table(summary(stored))] if markdown else list(bench_tables(summary(stored)))
     else:
         tables = [comparison(rows)] if (rows := results(stored)) else []
-        for ladder in ladders(stored):
-            if rows := ladder_rows(stored, ladder):
-                times = ladder_seconds(rows + ladder_times(stored, ladder))
-                tables += [bracket(rows), *([times] if times else [])]
+        tables += [table for ladder in ladders(stored) for table in ladder_tables(stored, ladder)]
         tables += [difference_table(rows) for rows in differences(stored)]
     if markdown and tables:
         print("\n\n".join(table.markdown() for table in tables))

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from bitquorum.cli.shared import err, out
 
 if TYPE_CHECKING:
+    from bitquorum.evaluate import Ladder
     from bitquorum.report import Table
     from bitquorum.store import Run
 
@@ -38,29 +39,29 @@ def print_verdicts(rows: list[dict[str, Any]]) -> int:
     return failed
 
 
+def ladder_tables(stored: "Run", ladder: "Ladder") -> list["Table"]:
+    """Return the bracket of a stored ladder and, where peers were asked, what each took; none before it was climbed."""
+    from bitquorum.experiment import ladder_rows, ladder_times
+    from bitquorum.report import bracket, ladder_seconds
+
+    rows = ladder_rows(stored, ladder)
+    times = ladder_seconds(rows + ladder_times(stored, ladder))
+    return [table for table in (bracket(rows), times) if table] if rows else []
+
+
 def show_run(stored: "Run") -> None:
     """Print everything that a run has stored, without computing."""
-    from bitquorum.experiment import (
-        ceilings,
-        certificates,
-        differences,
-        ladder_rows,
-        ladder_times,
-        ladders,
-        results,
-        verdicts,
-    )
-    from bitquorum.report import bracket, certificate_table, comparison, difference_table, environments, ladder_seconds
+    from bitquorum.experiment import ceilings, certificates, differences, ladders, results, verdicts
+    from bitquorum.report import certificate_table, comparison, difference_table, environments
 
     if rows := results(stored):
         print_table(comparison(rows))
     else:
         out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
     for ladder in ladders(stored):
-        if rows := ladder_rows(stored, ladder):
-            print_table(bracket(rows))
-            if times := ladder_seconds(rows + ladder_times(stored, ladder)):
-                print_table(times)
+        if tables := ladder_tables(stored, ladder):
+            for table in tables:
+                print_table(table)
             print_verdicts(verdicts(stored, ladder))
     for rows in differences(stored):
         print_table(difference_table(rows))

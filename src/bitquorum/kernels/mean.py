@@ -41,7 +41,7 @@ _TINY = 60.0  # exponent of the least density: smaller ones would soon be denorm
 _POWERS = 15  # coefficients of a Fourier series up to which powers of the cosine are as exact, and which compile soon
 _FOURIER = 22.0  # the multiple of theta from which a coefficient is below 1e-7
 _ONE_BY_ONE = 6  # thresholds up to which the plain sum is cheaper
-_UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
+UNROLLED = 40  # thresholds in a compiled kernel; more take too long to compile
 
 
 def fits(law: SmoothLawName, top: int, scale: float) -> bool:
@@ -103,7 +103,7 @@ def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
     half = _half(law, top, scale)
     if law == "logistic" and half is not None:
         return fits(law, top, scale) and _terms(scale) < _POWERS
-    return fits(law, top, scale) and (top if half is None else 2 * half + 1) <= _UNROLLED
+    return fits(law, top, scale) and (top if half is None else 2 * half + 1) <= UNROLLED
 
 
 def compiled_table(

@@ -15,9 +15,6 @@ from torch.nn.functional import softplus
 
 from bitquorum.kernels import choice, layout, mean, noise
 
-EXPECTED: tuple[mean.SmoothLawName, ...] = ("logistic", "smooth-rounding")  # laws that `expect` knows
-_SUMMED = 40  # thresholds in `expect`; more take too long to compile
-
 
 class MeanCode(NamedTuple):
     """Name the mean of a quantizer: the law, the largest code, the noise scale and its factor inside the gradient."""
@@ -45,8 +42,8 @@ def fits_quantization(x: Tensor, grid: MeanCode) -> bool:
 
 
 def fits_expectation(x: Tensor, grid: MeanCode) -> bool:
-    """Return whether `expect` serves this batch."""
-    known = grid.law == "smooth-rounding" or (grid.law in EXPECTED and grid.top <= _SUMMED)
+    """Return whether `expect` serves this batch: smooth rounding, or logistic noise with not too many thresholds."""
+    known = grid.law == "smooth-rounding" or (grid.law == "logistic" and grid.top <= mean.UNROLLED)
     return known and fits_quantization(x, grid)
 
 
@@ -77,7 +74,7 @@ def quantize(
 def expect(
     x: Float[Tensor, "rows *rest"], low: Float[Tensor, ""], step: Float[Tensor, ""], grid: MeanCode
 ) -> Float[Tensor, "rows *rest"] | None:
-    """Return `low` plus `step` times the mean code, for laws in `EXPECTED`, or `None` where the compiler fails.
+    """Return `low` plus `step` times the mean code, or `None` where the compiler fails.
 
     Differentiable as `quantize` is, with the mean code in place of the drawn one; arguments are those of `quantize`.
     """

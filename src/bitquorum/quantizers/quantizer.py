@@ -331,25 +331,27 @@ class Quantizer(nn.Module):
 
     def _fused_draw(self, x: Tensor) -> Tensor | None:
         """Draw under a law with a smooth mean, over one range."""
-        name, scale = SMOOTH.get(type(self.law)), self.scale()
-        if name is None or isinstance(scale, Tensor) or self.pact or self.grid == "symmetric":
-            return None
         chosen = ambient() or self.surrogate
-        if self.log_step.dim() or (chosen.backward or self.surrogate.backward) != "mean":
+        grid = self._mean_grid(self.law, self.scale(), chosen.width)
+        if grid is None or (chosen.backward or self.surrogate.backward) != "mean":
             return None
-        grid = kernels.MeanCode(law=name, top=self.top, scale=scale, width=chosen.width)
         if not kernels.fits_quantization(x, grid):
             return None
         return kernels.quantize(x, rng.row_keys(x, self.address), *self._range_tensors(x), grid)
 
     def _fused_mean(self, x: Tensor) -> Tensor | None:
         """Return the mean of a law with a smooth one, over one range."""
-        law, scale = self._shown_law()
+        grid = self._mean_grid(*self._shown_law())
+        if grid is None or not kernels.fits_expectation(x, grid):
+            return None
+        return kernels.expect(x, *self._range_tensors(x), grid)
+
+    def _mean_grid(self, law: Law, scale: Tensor | float, width: float = 1.0) -> kernels.MeanCode | None:
+        """Return what names the mean in one pass, or `None` where none is known: a smooth law over one range."""
         name = SMOOTH.get(type(law))
         if name is None or isinstance(scale, Tensor) or self.pact or self.grid == "symmetric" or self.log_step.dim():
             return None
-        grid = kernels.MeanCode(law=name, top=self.top, scale=scale)
-        return kernels.expect(x, *self._range_tensors(x), grid) if kernels.fits_expectation(x, grid) else None
+        return kernels.MeanCode(law=name, top=self.top, scale=scale, width=width)
 
     def _range_tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, step = self._range(x)

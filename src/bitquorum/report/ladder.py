@@ -1,5 +1,6 @@
 """Lay the rows of a ladder out as tables: the bracket, and what each rung did."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,18 +68,17 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
         return None
     body = []
     for arm in dict.fromkeys(row["arm"] for row in times):
-        here = [row for row in rows if row.get("arm") == arm]
-        climbed = [row for row in times if row["arm"] == arm and "rung" in row]
+        here, timed = ([row for row in part if row.get("arm") == arm] for part in (rows, times))
+        climbed = [row for row in timed if "rung" in row]
         ours = sum(row["seconds"] for row in climbed)
-        asked = {(row["peer"], row["epsilon"]): row["seconds"] for row in times if row["arm"] == arm and "peer" in row}
+        asked = {(row["peer"], row["epsilon"]): row["seconds"] for row in timed if "peer" in row}
         cells = []
         for peer in peers:
             took = {epsilon: seconds for (name, epsilon), seconds in asked.items() if name == peer}
             theirs = sum(took.values())
-            as_low = [_as_low_after(here, climbed, peer, epsilon) for epsilon in took]
-            equal = None if None in as_low else sum(seconds for seconds in as_low if seconds is not None)
+            equal = sum(_as_low_after(here, climbed, peer, epsilon) for epsilon in took)
             cells.append(f"{theirs:.1f}{_multiple(theirs, ours)}" if took else "-")
-            cells.append("-" if equal is None or not took else f"{equal:.1f}{_multiple(theirs, equal)}")
+            cells.append("-" if equal == math.inf or not took else f"{equal:.1f}{_multiple(theirs, equal)}")
         body.append((arm, f"{ours:.1f}", *cells))
     note = (
         "Seconds, one after the other in one run; in brackets what the peer took as a multiple of them, without "
@@ -98,8 +98,8 @@ def _multiple(theirs: float, ours: float) -> str:
 
 def _as_low_after(
     rows: Sequence[dict[str, Any]], climbed: Sequence[dict[str, Any]], peer: str, epsilon: float
-) -> float | None:
-    """Return the seconds of the first rungs after which the ladder had left no more than a peer."""
+) -> float:
+    """Return the seconds of the first rungs after which the ladder had left no more than a peer; infinity if never."""
     opinion = _first(rows, name="second opinion", attack=peer, epsilon=epsilon)
     left = {row["attack"]: row["value"] for row in rows if row.get("name") == "left" and row["epsilon"] == epsilon}
     passed = 0.0
@@ -108,7 +108,7 @@ def _as_low_after(
             passed += row["seconds"]
             if opinion and left.get(row["rung"], 2.0) <= opinion["value"]:
                 return passed
-    return None
+    return math.inf
 
 
 def _first(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
