@@ -55,7 +55,7 @@ def test_the_robust_presets_keep_to_four_bits_and_to_natural_images(name: str):
         assert all(isinstance(member, Policy) for member in arm.members)
         bits = [(member.weight_bits, member.activation_bits) for member in arm.members]
         assert all(count is not None and count <= 4 for pair in bits for count in pair)
-        smooth = LinearizedLoss if arm.name == "linearized" else InputGradient
+        smooth = LinearizedLoss if arm.name in ("linearized", "continued") else InputGradient
         assert {type(term) for term in arm.objective.terms} == {MemberCrossEntropy, smooth}
 
 
@@ -122,6 +122,11 @@ def test_every_choice_changes_the_digest():
         ("arms=[]", r"expected at least one arm and different names"),
         ("arms.1.name=vanilla", r"expected at least one arm and different names, got \['vanilla', 'vanilla'"),
         ("arms.0.name=a/b", r"arms\.0: expected an arm name of letters"),
+        (
+            "arms.0.start=vanilla",
+            r"expected as start of arm 'vanilla' an arm before it .*\(there is none\)",
+        ),
+        ("arms.1.start=vanilla", r"expected as start of arm '\S+' an arm before it with its network, precisions"),
         ("arms.0.members=[]", r"arms\.0: expected at least one member in arm 'vanilla'"),
         ("epochs", r"expected an assignment, got 'epochs'; write a key and a value like trainer\.epochs=3"),
         ("evaluation.attacks=[{type='pdg'}]", r"evaluation\.attacks\.0\.type: expected one of .*did you mean 'pgd'\?"),

@@ -511,3 +511,51 @@ def test_restored_ensembles_predict_as_the_trained_ones(finished: Run):
     ensembles = [restore_ensemble(TINY, TINY.arms[0], images, finished) for _ in range(2)]
     assert torch.equal(*(ensemble.eval()(images.images) for ensemble in ensembles))
     assert not torch.equal(ensembles[0](images.images), build(TINY, TINY.arms[0], images)(images.images))
+
+
+def continued(**changes: Any) -> Experiment:
+    first = TABLE["arms"][1]
+    trainer = {"epochs": 1, "batch_size": 10, "log_every": 2, "checkpoint_seconds": 0, **changes}
+    return parse({**TABLE, "arms": [first, {**first, "trainer": trainer, "name": "longer", "start": "sq"}]})
+
+
+def test_an_arm_begins_from_the_weights_and_ranges_of_another(tmp_path: Path):
+    stored = train(continued(lr=1e-30), tmp_path)  # steps that move nothing
+    first, longer = (load_tensors(stored.path / "arms" / name / "weights.safetensors")[0] for name in ("sq", "longer"))
+    learned = [name for name in first if "running" not in name and "tracked" not in name]
+    assert any(name.endswith("log_step") for name in learned)
+    for name in learned:
+        torch.testing.assert_close(longer[name], first[name], rtol=1e-6, atol=0)
+
+
+def test_an_arm_sees_the_images_in_another_order_than_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seeds: list[int] = []
+    taken = Trainer.__call__
+
+    def spied(self: Trainer, *args: Any, seed: int, **more: Any) -> Ensemble:
+        seeds.append(seed)
+        return taken(self, *args, seed=seed, **more)
+
+    monkeypatch.setattr(Trainer, "__call__", spied)
+    train(TINY, tmp_path)
+    train(continued(lr=0.01), tmp_path)
+    assert seeds[0] == seeds[1] == seeds[2] != seeds[3]
+
+
+def test_an_arm_alone_is_trained_with_its_start_and_resumes_to_the_same_end(tmp_path: Path):
+    experiment = continued(lr=0.01)
+    whole = train(experiment, tmp_path / "whole")
+    with pytest.raises(StopError):
+        train(experiment, tmp_path / "alone", arms=["longer"], listener=Stopper("train longer", 4))
+    alone = train(experiment, tmp_path / "alone", arms=["longer"])
+    assert contents(alone) == contents(whole)
+    assert progress_of(alone) == "trained"
+
+
+def test_weights_that_do_not_fit_the_start_are_refused(tmp_path: Path):
+    experiment = continued(lr=0.01)
+    stored = train(experiment, tmp_path, arms=["sq"])
+    path = stored.path / "arms" / "sq" / "weights.safetensors"
+    save_tensors(path, {name: value for name, value in load_tensors(path)[0].items() if "conv1" not in name})
+    with pytest.raises(DataError, match=r"expected weights at .* that fit arm 'longer', got others"):
+        train(experiment, tmp_path, arms=["longer"])

@@ -56,6 +56,8 @@ class Arm(Method):
         passes: Draws that one prediction averages over.
         objective: Training loss.
         trainer: In place of the experiment's.
+        start: Name of an arm before this one, of the same networks and precisions: this one begins from its trained
+            weights and ranges, on images in another order, in place of new weights and calibrated ranges.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Arm(Method):
     passes: int = 1
     objective: Objective = field(default_factory=Objective)
     trainer: Trainer | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -82,6 +85,11 @@ class Arm(Method):
     def precision(self) -> str:
         """The members' precisions in short, such as `w4a4 w3a3 fp`."""
         return " ".join(policy.label for policy in self.members)
+
+    def fits(self, other: "Arm") -> bool:
+        """Return whether the weights of another arm can be this one's."""
+        mine, others = ((arm.network, arm.precision, arm.shared) for arm in (self, other))
+        return mine == others
 
 
 @final
@@ -111,6 +119,13 @@ class Experiment(Method):
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names):
             raise InputError(f"expected at least one arm and different names, got {names}")
+        for place, arm in enumerate(self.arms):
+            fitting = [other.name for other in self.arms[:place] if arm.fits(other)]
+            if arm.start is not None and arm.start not in fitting:
+                raise InputError(
+                    f"expected as start of arm {arm.name!r} an arm before it with its network, precisions and shared "
+                    f"weights ({', '.join(fitting) or 'there is none'}), got {arm.start!r}"
+                )
 
 
 def presets(kind: str = "preset") -> dict[str, str]:

@@ -5,6 +5,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, final
@@ -173,14 +174,16 @@ def train_arms(
     data_root: Path | None,
     listener: Listener,
 ) -> None:
-    """Train those of the arms that are not trained yet; under torchrun every process takes part."""
+    """Train those of the arms that are not trained yet, and what they start from; under torchrun in every process."""
+    missing: set[str] = set()
+    for arm in reversed(experiment.arms):  # what an arm starts from stands before it
+        if (arm in arms or arm.name in missing) and not _weights(stored, arm).exists():
+            missing |= {arm.name, arm.start or arm.name}
     images: ImageSet | None = None
-    for arm in arms:
-        path = _weights(stored, arm)
-        if path.exists():
-            continue
-        images = images or training_images(experiment, data_root)
-        _train_arm(experiment, arm, images, path.parent, device, listener)
+    for arm in experiment.arms:
+        if arm.name in missing and not _weights(stored, arm).exists():
+            images = images or training_images(experiment, data_root)
+            _train_arm(experiment, arm, images, stored, device, listener)
 
 
 def evaluate_arms(
@@ -248,18 +251,7 @@ def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored:
     Raises:
         DataError: if it is not trained or its file does not fit.
     """
-    path = _weights(stored, arm)
-    if not path.exists():
-        raise DataError(f"expected trained weights at {path}, got none; train the run first with `bitquorum train`")
-    ensemble = build(experiment, arm, images)
-    try:
-        ensemble.load_state_dict(load_tensors(path)[0])
-    except RuntimeError as error:
-        raise DataError(
-            f"expected weights of arm {arm.name!r} at {path}, got others: {shorten(str(error), 200)}; "
-            "remove the file and train again"
-        ) from error
-    return ensemble
+    return _filled(build(experiment, arm, images), _weights(stored, arm), arm)
 
 
 def restored(
@@ -278,6 +270,20 @@ def restored(
         if (arm.trainer or experiment.trainer).channels_last:
             ensemble = ensemble.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         yield arm, ensemble
+
+
+def _filled(ensemble: Ensemble, path: Path, arm: Arm) -> Ensemble:
+    """Return the ensemble with the trained weights at `path`; `arm` is whose ensemble it is, for the error."""
+    if not path.exists():
+        raise DataError(f"expected trained weights at {path}, got none; train the run first with `bitquorum train`")
+    try:
+        ensemble.load_state_dict(load_tensors(path)[0])
+    except RuntimeError as error:
+        raise DataError(
+            f"expected weights at {path} that fit arm {arm.name!r}, got others: {shorten(str(error), 200)}; "
+            "remove the file and train again, or give this arm the members of the one that it starts from"
+        ) from error
+    return ensemble
 
 
 @final
@@ -299,16 +305,20 @@ class _Log:
 
 
 def _train_arm(
-    experiment: Experiment, arm: Arm, images: ImageSet, folder: Path, device: str, listener: Listener
+    experiment: Experiment, arm: Arm, images: ImageSet, stored: Run, device: str, listener: Listener
 ) -> None:
-    trainer = arm.trainer or experiment.trainer
+    trainer, folder = arm.trainer or experiment.trainer, _weights(stored, arm).parent
+    ensemble, seed = build(experiment, arm, images), rng.derive(experiment.seed, "training")
+    if arm.start is not None:
+        ensemble = _filled(ensemble, folder.parent / arm.start / "weights.safetensors", arm)
+        trainer, seed = replace(trainer, calibration=0), rng.derive(experiment.seed, "training", arm.start)
     listener.begin(f"train {arm.name}", trainer.epochs * (len(images) // trainer.batch_size))
     checkpoint = folder / "checkpoint.safetensors"
     ensemble = trainer(
-        build(experiment, arm, images),
+        ensemble,
         images,
         arm.objective,
-        seed=rng.derive(experiment.seed, "training"),
+        seed=seed,
         checkpoint=checkpoint,
         report=_Log(folder / "train.jsonl", listener),
         device=device,
