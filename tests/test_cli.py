@@ -520,3 +520,12 @@ def test_verdicts_say_at_which_radius(capsys):
     shown = capsys.readouterr().out
     assert "5/255" in shown
     assert "L2 0.5" in shown
+    assert "FAILED" in shown
+
+
+def test_a_check_that_could_not_be_posed_has_not_failed(capsys):
+    row = {"arm": "sq", "epsilon": 0.5, "name": "step", "passed": None, "reason": "hidden"}
+    assert print_verdicts([row]) == 0
+    shown = capsys.readouterr().out
+    assert "not posed" in shown
+    assert "passed" not in shown

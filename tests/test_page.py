@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitquorum.files import append_jsonl, atomic_write, save_tensors, write_jsonl
+from bitquorum.files import append_jsonl, atomic_write, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import DataError, InputError, NoEffectWarning
 from bitquorum.report.page import collect, curves, detectors, planes, write, write_figures, write_page
 from bitquorum.report.page.examples import example_sets
@@ -443,6 +443,19 @@ def test_failed_self_checks_open_the_page(runs: list[Run], text: str, tmp_path: 
     assert '<span class="failed">✗ FAILED</span>' in text
     sound = write_page(runs[:1], tmp_path / "page.html").read_text().partition('id="summary"')[0]
     assert "All 6 stored self-checks passed" in sound
+
+
+def test_a_self_check_that_was_not_posed_is_not_counted_as_passed(runs: list[Run], tmp_path: Path):
+    run = without(runs[0], tmp_path / "copy", "certificates")
+    path = min(run.path.glob("ladders/*/*/verdicts.jsonl"))
+    first, *others = read_jsonl(path)
+    write_jsonl(path, [first | {"passed": None, "reason": "the noise hides them"}, *others])
+    text = write_page([run], tmp_path / "page.html").read_text()
+    head = text.partition('id="summary"')[0]
+    assert "5 stored self-checks passed, 1 could not be posed." in head
+    assert "FAILED" not in head
+    assert '<span class="passed">✓ 1 passed, 1 not posed</span>' in text
+    assert "<span>not posed</span>" in text
 
 
 def test_the_breaking_rung_took_most():

@@ -76,7 +76,7 @@ def report_of(function: Callable[[nn.Module, Tensor], Tensor], digits: tuple[Ten
 
 
 def failed(report: Report) -> set[str]:
-    return {verdict.name for verdict in report.verdicts if not verdict.passed}
+    return {verdict.name for verdict in report.verdicts if verdict.passed is False}
 
 
 SOUND: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -129,6 +129,15 @@ def test_the_self_test_asks_for_what_random_points_do_not_find(digits: tuple[Ten
     assert verdict.facts["PGD-10"] == 1.0
 
 
+def test_a_self_test_that_noise_hides_is_neither_passed_nor_failed(digits: tuple[Tensor, Tensor]):
+    report = report_of(lambda net, x: net(x + 2 * torch.randn_like(x)), digits, check_images=16)
+    (verdict,) = (v for v in report.verdicts if v.name == "self-test")
+    assert verdict.passed is None, str(report)
+    assert verdict.facts["images"] < 4
+    assert "self-check self-test: not posed; the noise hides" in str(report)
+    assert report.passed, str(report)
+
+
 def test_cross_entropy_that_rounds_to_zero_is_told(digits: tuple[Tensor, Tensor]):
     report = report_of(lambda net, x: 1e5 * net(x), digits)
     (verdict,) = (v for v in report.verdicts if v.name == "gradients")
@@ -148,7 +157,7 @@ def test_a_ladder_of_too_few_steps_is_found_out(digits: tuple[Tensor, Tensor]):
     model = Ensemble([digits_network(0)]).eval().requires_grad_(False)
     weak = replace(LADDER, claim=PGD(steps=2, step_size=0.2, random_start=False), rungs=(), check_images=60)
     verdicts = {verdict.name: verdict for verdict in bench(digits, weak, model)}
-    assert not verdicts["effort"].passed
+    assert verdicts["effort"].passed is False
     assert "leave less than the whole ladder" in verdicts["effort"].reason
 
 
@@ -173,8 +182,8 @@ def test_a_white_box_rung_that_queries_beat_is_found_out(digits: tuple[Tensor, T
 
     climb = weak(Backwards(), examples, epsilon=EPSILON)
     verdicts = {v.name: v for v in run_checks(Backwards(), examples, replace(weak, check_images=24), climb)}
-    assert not verdicts["white-box strength"].passed
-    assert not verdicts["gradients"].passed
+    assert verdicts["white-box strength"].passed is False
+    assert verdicts["gradients"].passed is False
     assert "masked" in verdicts["white-box strength"].reason
 
 
@@ -200,7 +209,7 @@ def test_gradients_that_few_draws_have_are_found_out(name: str, eot: int, reason
     ladder = replace(LADDER, claim=PGD(steps=10, eot=eot, random_start=False), rungs=(), check_images=60, draws=10)
     report = evaluate_model(Around(rare).eval(), *digits, epsilon=0.2, ladder=ladder)
     (verdict,) = (v for v in report.verdicts if v.name == name)
-    assert not verdict.passed, verdict
+    assert verdict.passed is False, verdict
     assert reason in verdict.reason
     assert not report.passed
 
@@ -232,7 +241,7 @@ def test_steps_that_harm_are_found_out(digits: tuple[Tensor, Tensor], nearest: f
 
     ladder = replace(LADDER, claim=PGD(steps=10, random_start=False), rungs=(), check_images=60)
     verdicts = {verdict.name: verdict for verdict in bench(digits, ladder, Misleading())}
-    assert not verdicts["effort"].passed
+    assert verdicts["effort"].passed is False
     assert reason in verdicts["effort"].reason, verdicts["effort"]
 
 

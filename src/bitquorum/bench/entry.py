@@ -111,7 +111,7 @@ def _measure(
         "forward": sum(step.cost.forward * step.attacked for step in climb.steps),
         "backward": sum(step.cost.backward * step.attacked for step in climb.steps),
         "checks": len(checks),
-        "failed_checks": [check["name"] for check in checks if not check["passed"]],
+        "failed_checks": [check["name"] for check in checks if check["passed"] is False],
         "detector": measure_detector(entry, ensemble, test, chosen, climb.images),
         **asdict(complexity(ensemble, tuple(chosen.shape))),
         "train_seconds": round(sum(r.get("seconds", 0.0) for r in stored.environments() if r["work"] == "train"), 1),

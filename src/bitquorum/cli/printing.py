@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bitquorum.store import Run
 
 _WIDEST = 1000  # characters
+_VERDICTS = {True: "[green]passed[/green]", False: "[bold red]FAILED[/bold red]", None: "not posed"}
 
 
 def print_verdicts(rows: list[dict[str, Any]]) -> int:
@@ -26,10 +27,10 @@ def print_verdicts(rows: list[dict[str, Any]]) -> int:
     table = RichTable("arm", "epsilon", "self-check", "verdict", "reason")
     for row in rows:
         epsilon = epsilon_label(row["epsilon"], row.get("norm"))
-        verdict = "[green]passed[/green]" if row["passed"] else "[bold red]FAILED[/bold red]"
+        verdict = _VERDICTS[row["passed"]]
         table.add_row(escape(row["arm"]), epsilon, escape(row["name"]), verdict, escape(row["reason"]))
     _print_whole(table)
-    failed = sum(not row["passed"] for row in rows)
+    failed = sum(row["passed"] is False for row in rows)
     if failed:
         err.print(
             f"[bold red]{failed} self-checks failed:[/bold red] the attack may be weaker than it looks (masked "

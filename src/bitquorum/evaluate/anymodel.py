@@ -18,6 +18,7 @@ from bitquorum.geometry import Norm
 from bitquorum.interface import Model
 
 _OWN: Final = "own gradient"
+_OUTCOMES: Final = {True: "passed", False: "FAILED", None: "not posed"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,8 +41,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every self-check passed."""
-        return all(verdict.passed for verdict in self.verdicts)
+        """Whether no self-check failed; one that could not be posed has not."""
+        return all(verdict.passed is not False for verdict in self.verdicts)
 
     def __str__(self) -> str:
         """Return the bracket, what each rung broke, findings and verdicts as text."""
@@ -54,7 +55,7 @@ class Report:
         ]
         lines += [f"broken by {step.rung}: {step.broke} of {step.attacked}" for step in climb.steps[1:] if step.broke]
         lines += [f"found: {finding.text}" for finding in self.findings]
-        lines += [f"self-check {v.name}: {'passed' if v.passed else 'FAILED'}; {v.reason}" for v in self.verdicts]
+        lines += [f"self-check {v.name}: {_OUTCOMES[v.passed]}; {v.reason}" for v in self.verdicts]
         return "\n".join(lines)
 
 

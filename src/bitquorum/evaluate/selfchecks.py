@@ -33,13 +33,13 @@ class Verdict:
 
     Attributes:
         name: Of the check.
-        passed: Whether the accuracy may be believed as far as this check sees.
+        passed: Whether the accuracy may be believed as far as this check sees; `None` where it could not be posed.
         reason: What was seen, in one sentence.
         facts: The numbers behind it.
     """
 
     name: str
-    passed: bool
+    passed: bool | None
     reason: str
     facts: dict[str, float] = field(default_factory=dict)
 
@@ -146,8 +146,8 @@ def self_test(bench: _Bench) -> Verdict | None:
     problem = bench.problem(bench.climb.epsilon)
     readout, valid = _readout(bench, problem)
     if int(valid.sum()) < max(4, bench.images // 4):
-        reason = f"could not be posed: the noise hides single points of the ball on all but {int(valid.sum())} images"
-        return Verdict(name="self-test", passed=True, reason=reason, facts={"images": float(valid.sum())})
+        reason = f"the noise hides single points of the ball on all but {int(valid.sum())} images"
+        return Verdict(name="self-test", passed=None, reason=reason, facts={"images": float(valid.sum())})
     zeros = torch.zeros_like(problem.labels)
     shown = replace(readout, model=bench.arena.shown)
     seeds = bench.draws("self-test", 48)

@@ -146,7 +146,7 @@ def _of(report: Report) -> dict[str, Any]:
         "claim": climb.claimed.value,
         "worst_of": climb.worst_of(report.tries),
         "broken_by": [f"{step.rung}: {step.broke}" for step in broke],
-        "failed_checks": [verdict.name for verdict in report.verdicts if not verdict.passed],
+        "failed_checks": [verdict.name for verdict in report.verdicts if verdict.passed is False],
         "findings": [finding.name for finding in report.findings],
     }
 

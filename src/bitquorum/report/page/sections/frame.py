@@ -136,8 +136,10 @@ def number(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
     return f"{value:.{digits}f}{interval}"
 
 
-def verdict(passed: bool) -> Html:
-    """Return a verdict as sign, word and colour."""
+def verdict(passed: bool | None) -> Html:
+    """Return a verdict as sign, word and colour; without one for a check that could not be posed."""
+    if passed is None:
+        return element("span", "not posed")
     sign = "✓ passed" if passed else "✗ FAILED"
     return element("span", sign, class_="passed" if passed else "failed")
 

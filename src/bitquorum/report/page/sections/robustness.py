@@ -28,12 +28,15 @@ def summary(page: Page) -> Section:
 def failures(views: Sequence[RunView]) -> Html:
     """Return what the top of the page says of the self-checks: each failed one with its reason."""
     rows = [(view, row) for view in views for part in view.ladders for row in part.sheet("verdicts")]
-    failed = [(view, row) for view, row in rows if not row["passed"]]
+    failed = [(view, row) for view, row in rows if row["passed"] is False]
     if not rows:
         text = "No self-checks are stored: nothing here has been tested for attacks that are too weak."
         return element("p", text, class_="banner neutral")
     if not failed:
-        return element("p", f"✓ All {len(rows)} stored self-checks passed.", class_="banner good")
+        posed = sum(bool(row["passed"]) for _, row in rows)
+        text = f"{posed} stored self-checks passed"
+        text = f"All {text}." if posed == len(rows) else f"{text}, {len(rows) - posed} could not be posed."
+        return element("p", f"✓ {text}", class_="banner good")
     lines = (
         element(
             "li",
@@ -166,9 +169,11 @@ def _checks(part: Part | None, arm: str) -> str:
     rows = select(part.sheet("verdicts"), arm=arm) if part else []
     if not rows:
         return "–"
-    failed = [str(row["name"]) for row in rows if not row["passed"]]
+    failed = [str(row["name"]) for row in rows if row["passed"] is False]
     if not failed:
-        return element("span", f"✓ {len(rows)} passed", class_="passed")
+        posed = sum(bool(row["passed"]) for row in rows)
+        unposed = f", {len(rows) - posed} not posed" if posed < len(rows) else ""
+        return element("span", f"✓ {posed} passed{unposed}", class_="passed")
     return element("span", f"✗ FAILED: {', '.join(failed)}", class_="failed")
 
 
