@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -464,11 +465,12 @@ def test_every_compiled_kernel_equals_its_plain_twin(compiled, law, top):
 # One pass for the quantizer, for batch norm and for the second derivatives of convolutions
 
 
-def derivatives(function, x, *parameters):
-    """Return a result, and the gradients of a loss that holds the result and the gradient of x."""
+def derivatives(function, x, *parameters, within=nullcontext):
+    """Return a result, and the gradients of a loss that holds the result and the gradient of x, taken `within`."""
     out = function(x)
     slopes = torch.linspace(0.5, 1.5, out.numel()).view_as(out)
-    (first,) = torch.autograd.grad((out.float().square() * slopes).sum(), x, create_graph=True)
+    with within():
+        (first,) = torch.autograd.grad((out.float().square() * slopes).sum(), x, create_graph=True)
     loss = first.float().abs().sum() + (out.float() * slopes).sum()
     return [out.detach(), first.detach(), *torch.autograd.grad(loss, (x, *parameters))]
 
@@ -624,6 +626,30 @@ def test_compiled_batch_norm_equals_that_of_torch(compiled, dtype):
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.eval()(wide), theirs.eval()(wide), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+def test_compiled_batch_norm_with_held_statistics_equals_the_plain_one(compiled, dtype):
+    norm = BatchNorm(5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 5))
+        norm.bias.copy_(torch.linspace(-1, 1, 5))
+    x = (
+        (torch.randn(6, 5, 7, 8, generator=torch.Generator().manual_seed(0)) * 3 + 2)
+        .to(memory_format=torch.channels_last)
+        .to(dtype)
+        .requires_grad_()
+    )
+    assert "_Normalize" in norm(x).grad_fn.name(), "it ran plainly"
+    results = derivatives(norm, x, norm.weight, norm.bias, within=kernels.statistics_held)
+    wide = x.detach().float().requires_grad_()
+    with kernels.use("eager"):
+        known = derivatives(norm, wide, norm.weight, norm.bias, within=kernels.statistics_held)
+        through = derivatives(norm, wide, norm.weight, norm.bias)
+    known[:3] = [tensor.to(dtype) for tensor in known[:3]]
+    close(results, known, rtol=1e-3 if dtype == torch.float32 else 3e-2)
+    assert (known[1] - through[1]).norm() > 0.1 * known[1].norm()
 
 
 @needs_compiler

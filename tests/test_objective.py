@@ -42,6 +42,7 @@ from bitquorum.objective import (
 from bitquorum.objective.robustness import Norm, Of
 from bitquorum.objective.term import cross_entropy
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer
+from bitquorum.zoo import BatchNorm
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -555,6 +556,43 @@ def test_the_linearized_rise_stays_where_the_gradient_of_cross_entropy_has_vanis
 def test_the_linearized_loss_refuses_a_radius_of_nothing(epsilon: float):
     with pytest.raises(InputError, match="epsilon above 0"):
         LinearizedLoss(epsilon=epsilon)
+
+
+class Normed(nn.Module):
+    """Normalize, bend and read out images of two channels."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.readout = norm, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(nn.functional.softplus(self.norm(x)).flatten(1))
+
+
+@pytest.mark.parametrize("term", [LinearizedLoss(statistics="held"), InputGradient(statistics="held")])
+def test_held_statistics_tell_the_gradient_that_the_trained_network_has(term: Term):
+    torch.manual_seed(0)
+    images, labels = 3 * uniform(1, 6, 2, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    ensemble = Ensemble([Normed(BatchNorm(2, momentum=1.0))])
+    held = term(step(ensemble, images.requires_grad_(), labels))
+    through = replace(term, statistics=None)(step(ensemble, images, labels))
+    (member,) = ensemble.members
+    count = images.numel() // 2
+    member.get_submodule("norm").get_buffer("running_var").mul_((count - 1) / count)
+    fixed = replace(term, statistics=None)(step(ensemble.eval(), images, labels))
+    torch.testing.assert_close(held, fixed)
+    assert abs(through - fixed) > 0.01 * fixed
+
+
+def test_statistics_that_cannot_be_held_are_refused():
+    images, labels = uniform(1, 6, 2, 2, 2).requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2])
+    said = step(Ensemble([Normed(nn.BatchNorm2d(2))]), images, labels)
+    with pytest.raises(InputError, match=r"expected norm layers whose statistics can be held .* got BatchNorm2d"):
+        LinearizedLoss(statistics="held")(said)
+    for term in (LinearizedLoss(), InputGradient()):
+        object.__setattr__(term, "statistics", "kept")  # past the run-time check of annotations
+        with pytest.raises(InputError, match="expected statistics held"):
+            term.__post_init__()
 
 
 # Adversarial training

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bitquorum import zoo
+from bitquorum import kernels, zoo
 from bitquorum.interface import InputError
 from bitquorum.zoo.network import BatchNorm
 
@@ -384,6 +384,44 @@ def test_a_frozen_norm_layer_has_the_values_and_derivatives_of_torch(affine: boo
         found.append((y, gradient, second))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_layer_holds_its_statistics(affine: bool):
+    layer = BatchNorm(3, affine=affine, momentum=1.0).double()
+    for parameter in layer.parameters():
+        parameter.data.uniform_(0.5, 1.5)
+    x = 2 * torch.randn(4, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    x.requires_grad_()
+    with kernels.statistics_held():
+        (held,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    second = torch.autograd.grad(held.square().sum(), (x, *layer.parameters()))
+
+    spread = x.var((0, 2, 3), correction=0, keepdim=True)
+    scale = torch.rsqrt(spread + layer.eps) * (layer.weight[:, None, None] if affine else 1.0)
+    y = (x - x.mean((0, 2, 3), keepdim=True)) * scale + (layer.bias[:, None, None] if affine else 0.0)
+    known = 3 * y.square() * scale
+    torch.testing.assert_close(held, known)
+    torch.testing.assert_close(second, torch.autograd.grad(known.square().sum(), (x, *layer.parameters())))
+
+    count = x.numel() // 3
+    layer.running_var.mul_((count - 1) / count)  # from the unbiased variance to the one of the batch
+    attacked = x.detach().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(layer.eval()(attacked).pow(3).sum(), attacked)[0], held)
+
+
+def test_a_norm_layer_in_training_equals_that_of_torch():
+    ours, theirs = BatchNorm(3), torch.nn.BatchNorm2d(3)
+    found = []
+    for layer in (ours, theirs):
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        found.append((y, gradient, *torch.autograd.grad(gradient.square().sum(), (x, layer.weight))))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours(torch.zeros(1, 3, 1, 1))
 
 
 def test_a_norm_layer_whose_parameters_are_trained_in_evaluation_mode_has_their_gradients():

@@ -34,7 +34,7 @@ from bitquorum.kernels.gelu import fits_gelu, gelu
 from bitquorum.kernels.layout import flatten, unflatten
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
 from bitquorum.kernels.noise import LawName, draw, keys, mix64, uniform
-from bitquorum.kernels.normalize import fits_normalization, normalize
+from bitquorum.kernels.normalize import fits_normalization, normalize, normalize_plain, statistics_held
 from bitquorum.kernels.precision import wide
 from bitquorum.kernels.quantize import MeanCode, expect, fits_expectation, fits_quantization, quantize
 from bitquorum.kernels.rounding import round_symmetric
@@ -61,10 +61,12 @@ __all__ = [
     "mix64",
     "mode",
     "normalize",
+    "normalize_plain",
     "quantize",
     "round_symmetric",
     "slope",
     "slope_and_curvature",
+    "statistics_held",
     "unflatten",
     "uniform",
     "use",

@@ -8,8 +8,14 @@ $$\nabla_g = w r P_v, \quad
 \nabla_w = n r S, \quad S = \overline{v g} - \bar v \bar g - \overline{v \hat x}\,\overline{g \hat x}.$$
 
 Each is one pass for the means and one for the values, where torch's own double backward takes some twenty.
+
+An image's own gradient is another one: in evaluation the statistics are constants, $\bar x = w r g$, while $P_g$ also
+holds what an image does to all others of its batch through $\mu$ and $\sigma$. Inside `statistics_held` backward passes
+give the former; its derivatives are those above where only the mean of $v g$ is not zero.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, no_type_check
 
 import torch
@@ -19,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from bitquorum.kernels import choice, noise
 from bitquorum.kernels.layout import like_layout
+from bitquorum.kernels.precision import wide
 
 
 def fits_normalization(x: Tensor) -> bool:
@@ -58,6 +65,38 @@ def normalize(
     return y, mean, variance
 
 
+class _State:
+    """Hold the process-wide choice: autograd's own threads must see it, so it is no context variable."""
+
+    held = False
+
+
+@contextmanager
+def statistics_held() -> Iterator[None]:
+    """Run the backward passes of the block as in evaluation: with the statistics as constants of each channel.
+
+    The gradients still know that the statistics follow from the batch, for derivatives of their own.
+    """
+    before, _State.held = _State.held, True
+    try:
+        yield
+    finally:
+        _State.held = before
+
+
+def normalize_plain(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "channels"] | None,
+    bias: Float[Tensor, "channels"] | None,
+    *,
+    running: tuple[Float[Tensor, "channels"], Float[Tensor, "channels"]],
+    momentum: float,
+    eps: float,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the normalized batch, by torch's own kernels; running mean and variance follow in place."""
+    return _Plain.apply(x, weight, bias, *running, momentum, eps)  # type: ignore[return-value]
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rate: Tensor) -> Tensor:
@@ -69,6 +108,29 @@ class _Normalize(torch.autograd.Function):
         return (*_Backward.apply(grads[0], *ctx.saved_tensors), None, None)  # type: ignore[misc]
 
 
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, *rest: float
+    ) -> Tensor:
+        y, *own = torch.native_batch_norm(x, weight, bias, mean, variance, True, *rest)
+        ctx.save_for_backward(x, weight, *own)
+        ctx.eps = rest[1]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rate = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            grads[0], x, weight, None, None, mean, rate, True, ctx.eps, [not _State.held, *[weight is not None] * 2]
+        )
+        if _State.held:
+            scale = torch.rsqrt(wide(x).var((0, 2, 3), correction=0) + ctx.eps)
+            scale = scale if weight is None else scale * weight
+            of_x = (grads[0] * scale[:, None, None]).to(x.dtype)
+        return of_x, of_weight, of_bias, None, None, None, None
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,6 +138,9 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         g = like_layout(g, x)
         *means, of_weight, of_bias = choice.compute(_gradient_means, _rows(x), _rows(g), mean, rate)
+        ctx.held = _State.held
+        if ctx.held:
+            means = [torch.zeros_like(mean)] * 2
         ctx.save_for_backward(g, x, weight, mean, rate, *means)
         ctx.set_materialize_grads(False)
         of_x = choice.compute(_gradient, _rows(x), _rows(g), mean, rate, weight, *means)
@@ -91,6 +156,8 @@ class _Backward(torch.autograd.Function):
         v = torch.zeros_like(x) if of_x is None else like_layout(of_x, x)
         rows = (_rows(x), _rows(g), _rows(v))
         *means, to_weight = choice.compute(_second_means, *rows, mean, rate, mean_g, mean_gx)
+        if ctx.held:
+            means[:2] = [torch.zeros_like(mean)] * 2
         to_g, to_x = choice.compute(_second, *rows, mean, rate, weight, mean_g, mean_gx, *means)
         to_g, to_x = _images(to_g, x), _images(to_x, x)
         if of_weight is not None or of_bias is not None:  # somebody differentiates the gradients of the parameters

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitquorum import kernels, rng
 from bitquorum.attacks import PGD, Attack
@@ -44,6 +45,8 @@ class InputGradient(Term):
         difference: Step of the quotient in units of the image; `None` for the exact gradient.
         share: Share of the steps, chosen by their seeds, on which the penalty is computed and divided by the share; on
             the others it is zero and costs nothing. `None` computes it on each.
+        statistics: `held` takes the gradient with the statistics of norm layers as constants, as an attacker of the
+            trained network does; `None`, which does not tell how far an image moves its own loss, through the batch's.
     """
 
     weight: float = 5 / 255
@@ -54,6 +57,7 @@ class InputGradient(Term):
     draws: int | None = None
     difference: float | None = None
     share: float | None = None
+    statistics: Literal["held"] | None = None
     needs_image_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class InputGradient(Term):
                 f"{self.draws} and {self.difference}"
             )
 
+        _check_statistics(self.statistics)
         if self.share is not None and not 0 < self.share <= 1:
             raise InputError(f"expected a share of the steps in (0, 1], or none for all, got {self.share}")
 
@@ -87,10 +92,7 @@ class InputGradient(Term):
         images = [step.images] * len(step.ensemble.members)
         losses = self._losses(step.outputs.parts if self.draws is None else self._respond(step, images), step)
         exact = self.difference is None
-        gradients = [
-            torch.autograd.grad(loss.sum(), step.images, create_graph=exact, retain_graph=True)[0].flatten(1)
-            for loss in losses
-        ]
+        gradients = [_slope(loss, step, self.statistics, create_graph=exact).flatten(1) for loss in losses]
         if self.difference is None:
             return torch.stack([self._size(gradient) for gradient in gradients]).mean()
         h = self.difference
@@ -139,16 +141,19 @@ class LinearizedLoss(Term):
 
     Attributes:
         epsilon: Radius in the maximum norm, in units of the image.
+        statistics: As in `InputGradient`.
     """
 
     warmup: float = 0.5
     epsilon: float = 5 / 255
+    statistics: Literal["held"] | None = None
     needs_image_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.epsilon < math.inf:
             raise InputError(f"expected an epsilon above 0, got {self.epsilon}")
+        _check_statistics(self.statistics)
 
     @property
     def capturable(self) -> bool:
@@ -160,10 +165,31 @@ class LinearizedLoss(Term):
         rises: list[Tensor] = []
         for part in step.outputs.parts:
             odds = _log_odds(kernels.wide(part), step.labels).mean(0)
-            (gradient,) = torch.autograd.grad(odds.sum(), step.images, create_graph=True, retain_graph=True)
+            gradient = _slope(odds, step, self.statistics)
             lost = self.epsilon * gradient.flatten(1).abs().sum(1)
             rises.append((softplus(lost - odds) - softplus(-odds)).mean())
         return torch.stack(rises).mean()
+
+
+def _check_statistics(statistics: str | None) -> None:
+    if statistics not in (None, "held"):
+        raise InputError(f"expected statistics held, or none for those of the batch, got {statistics!r}")
+
+
+def _slope(
+    losses: Float[Tensor, "batch"], step: Step, statistics: Literal["held"] | None, *, create_graph: bool = True
+) -> Float[Tensor, "batch *image"]:
+    """Return the gradient of the sum of the images' losses."""
+    if statistics is None:
+        return torch.autograd.grad(losses.sum(), step.images, create_graph=create_graph, retain_graph=True)[0]
+    for module in step.ensemble.modules():
+        if isinstance(module, _BatchNorm) and module.training and not getattr(module, "holds_statistics", False):
+            raise InputError(
+                f"expected norm layers whose statistics can be held (bitquorum.zoo.BatchNorm), got {module}; replace "
+                "it, or leave `statistics` out"
+            )
+    with kernels.statistics_held():
+        return torch.autograd.grad(losses.sum(), step.images, create_graph=create_graph, retain_graph=True)[0]
 
 
 def _log_odds(logits: Float[Tensor, "draw batch classes"], labels: Int[Tensor, "batch"]) -> Float[Tensor, "draw batch"]:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from jaxtyping import Float
@@ -23,12 +23,16 @@ class BatchNorm(nn.BatchNorm2d):
         self, input: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """Return the normalized images; in training by their own statistics, which the running ones follow."""
-        done = self._compiled(input) if self.training and kernels.fits_normalization(input) else None
-        if done is not None:
-            return done
+        if self.training and self.holds_statistics and input.dim() == 4 and input.numel() > input.shape[1]:
+            return self._by_batch(input)
         if self._is_frozen() and input.requires_grad and torch.is_grad_enabled():
             return _Frozen.apply(input, super().forward, self._scale())  # type: ignore[return-value]
         return super().forward(input)
+
+    @property
+    def holds_statistics(self) -> bool:
+        """Whether `kernels.statistics_held` reaches this layer; without running statistics it does not."""
+        return self.running_mean is not None and self.momentum is not None
 
     def _is_frozen(self) -> bool:
         """Return whether the layer is the same affine map for every batch, and nothing in it is trained."""
@@ -39,19 +43,21 @@ class BatchNorm(nn.BatchNorm2d):
         scale = torch.rsqrt(self.running_var + self.eps)  # type: ignore[operator]
         return (scale * self.weight if self.affine else scale)[:, None, None]
 
-    def _compiled(self, x: Tensor) -> Tensor | None:
-        near, spread = self.running_mean, self.running_var
-        if near is None or spread is None or self.num_batches_tracked is None or self.momentum is None:
-            return None
-        done = kernels.normalize(x, self.weight, self.bias, near=near, eps=self.eps)
-        if done is None:
-            return None
-        y, mean, variance = done
-        count = x.numel() // x.shape[1]
+    def _by_batch(self, x: Tensor) -> Tensor:
+        running = cast("tuple[Tensor, Tensor]", (self.running_mean, self.running_var))
+        momentum = cast("float", self.momentum)
+        fits = self.affine and kernels.fits_normalization(x)
+        done = kernels.normalize(x, self.weight, self.bias, near=running[0], eps=self.eps) if fits else None
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            near.lerp_(mean, self.momentum)
-            spread.lerp_(variance * (count / (count - 1)), self.momentum)
+            cast("Tensor", self.num_batches_tracked).add_(1)
+        if done is None:
+            return kernels.normalize_plain(x, self.weight, self.bias, running=running, momentum=momentum, eps=self.eps)
+        y, *own = done
+        count = x.numel() // x.shape[1]
+        own[1] = own[1] * (count / (count - 1))
+        with torch.no_grad():
+            for value, new in zip(running, own, strict=True):
+                value.lerp_(new, momentum)
         return y
 
 
