@@ -77,7 +77,7 @@ def main() -> None:
             found = measure(member, chosen, size, arguments.epsilon)
             rows += [{"run": experiment.name, "arm": arm.name, "member": index, **row} for row in found]
     write_jsonl(arguments.to / "metrics.jsonl", rows)
-    atomic_write(arguments.to / "environment.json", json_row(environment()) + "\n")
+    atomic_write(arguments.to / "environment.json", json_row(environment()))
     for row in rows:
         print(
             f"{row['arm']:12} member {row['member']}  {row['statistics']:10}  {row['linear_drop']:.3f} nats"

@@ -55,7 +55,7 @@ def test_the_robust_presets_keep_to_four_bits_and_to_natural_images(name: str):
         assert all(isinstance(member, Policy) for member in arm.members)
         bits = [(member.weight_bits, member.activation_bits) for member in arm.members]
         assert all(count is not None and count <= 4 for pair in bits for count in pair)
-        smooth = LinearizedLoss if arm.name in ("linearized", "continued") else InputGradient
+        smooth = LinearizedLoss if arm.name in ("linearized", "held") else InputGradient
         assert {type(term) for term in arm.objective.terms} == {MemberCrossEntropy, smooth}
 
 
