@@ -273,15 +273,16 @@ def restored(
 
 
 def _filled(ensemble: Ensemble, path: Path, arm: Arm) -> Ensemble:
-    """Return the ensemble with the trained weights at `path`; `arm` is whose ensemble it is, for the error."""
+    """Return an arm's ensemble with the trained weights at `path`, its own or those that it starts from."""
     if not path.exists():
         raise DataError(f"expected trained weights at {path}, got none; train the run first with `bitquorum train`")
     try:
         ensemble.load_state_dict(load_tensors(path)[0])
     except RuntimeError as error:
+        start = ", or give both arms the same members" if arm.start == path.parent.name else ""
         raise DataError(
-            f"expected weights at {path} that fit arm {arm.name!r}, got others: {shorten(str(error), 200)}; "
-            "remove the file and train again, or give this arm the members of the one that it starts from"
+            f"expected weights of arm {path.parent.name!r} at {path} that fit {arm.name!r}, got others: "
+            f"{shorten(str(error), 200)}; remove the file and train again{start}"
         ) from error
     return ensemble
 
