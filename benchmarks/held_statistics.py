@@ -8,6 +8,7 @@ training, and in training with their statistics held; and the mean cosine of eac
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bitquorum.data import ImageSet
 from bitquorum.environment import environment
 from bitquorum.experiment import experiment_of, restore_ensemble, training_images
 from bitquorum.files import atomic_write, json_row, write_jsonl
+from bitquorum.objective.robustness import log_odds
 from bitquorum.store import Run
 
 WAYS = ("evaluation", "batch", "held")
@@ -29,24 +31,17 @@ def gradients(member: nn.Module, images: Tensor, labels: Tensor, examples: Tenso
     x = images.clone().requires_grad_()
     with rng.draw([0], examples):
         logits = member.train(way != "evaluation")(x)
-    true = labels[:, None]
-    odds = logits.gather(1, true)[:, 0] - logits.scatter(1, true, -torch.inf).logsumexp(1)
-    if way == "held":
-        with kernels.statistics_held():
-            return torch.autograd.grad(odds.sum(), x)[0].flatten(1)
-    return torch.autograd.grad(odds.sum(), x)[0].flatten(1)
+    with kernels.statistics_held() if way == "held" else nullcontext():
+        return torch.autograd.grad(log_odds(logits[None], labels).sum(), x)[0].flatten(1)
 
 
 def measure(member: nn.Module, data: ImageSet, size: int, epsilon: float) -> list[dict[str, Any]]:
     """Return one row for each way of taking the gradient."""
-    found: dict[str, list[Tensor]] = {way: [] for way in WAYS}
-    for positions in torch.arange(len(data)).split(size):
-        batch = data.batch(positions, "cpu")
-        for way in WAYS:
-            state = {name: value.clone() for name, value in member.state_dict().items()}
-            found[way].append(gradients(member, batch.images, batch.labels, batch.examples, way))
-            member.load_state_dict(state)  # a pass in training moves the running statistics
-    whole = {way: torch.cat(parts) for way, parts in found.items()}
+    batches = [data.batch(positions, "cpu") for positions in torch.arange(len(data)).split(size)]
+    whole = {
+        way: torch.cat([gradients(member, batch.images, batch.labels, batch.examples, way) for batch in batches])
+        for way in WAYS  # evaluation first: a pass in training moves the running statistics
+    }
     return [
         {
             "statistics": way,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final, get_args
 
@@ -164,7 +165,7 @@ class LinearizedLoss(Term):
         """Return the mean rise over members and examples, in nats."""
         rises: list[Tensor] = []
         for part in step.outputs.parts:
-            odds = _log_odds(kernels.wide(part), step.labels).mean(0)
+            odds = log_odds(kernels.wide(part), step.labels).mean(0)
             gradient = _slope(odds, step, self.statistics)
             lost = self.epsilon * gradient.flatten(1).abs().sum(1)
             rises.append((softplus(lost - odds) - softplus(-odds)).mean())
@@ -180,19 +181,17 @@ def _slope(
     losses: Float[Tensor, "batch"], step: Step, statistics: Literal["held"] | None, *, create_graph: bool = True
 ) -> Float[Tensor, "batch *image"]:
     """Return the gradient of the sum of the images' losses."""
-    if statistics is None:
-        return torch.autograd.grad(losses.sum(), step.images, create_graph=create_graph, retain_graph=True)[0]
-    for module in step.ensemble.modules():
+    for module in step.ensemble.modules() if statistics else ():
         if isinstance(module, _BatchNorm) and module.training and not getattr(module, "holds_statistics", False):
             raise InputError(
                 f"expected norm layers whose statistics can be held (bitquorum.zoo.BatchNorm), got {module}; replace "
                 "it, or leave `statistics` out"
             )
-    with kernels.statistics_held():
+    with kernels.statistics_held() if statistics else nullcontext():
         return torch.autograd.grad(losses.sum(), step.images, create_graph=create_graph, retain_graph=True)[0]
 
 
-def _log_odds(logits: Float[Tensor, "draw batch classes"], labels: Int[Tensor, "batch"]) -> Float[Tensor, "draw batch"]:
+def log_odds(logits: Float[Tensor, "draw batch classes"], labels: Int[Tensor, "batch"]) -> Float[Tensor, "draw batch"]:
     """Return the logit of the true class less the logsumexp of all others."""
     true = labels.expand(logits.shape[:-1])[..., None]
     return logits.gather(-1, true)[..., 0] - logits.scatter(-1, true, -math.inf).logsumexp(-1)
