@@ -17,7 +17,8 @@ from torch._dynamo.utils import counters
 from bitquorum import kernels, rng
 from bitquorum.conversion import Policy
 from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
-from bitquorum.kernels import choice, layout, mean, noise, polynomial
+from bitquorum.kernels import choice, convolution, layout, mean, noise, polynomial
+from bitquorum.kernels.convolution import product_gradient
 from bitquorum.layers import QuantLayer
 from bitquorum.quantizers import (
     Deterministic,
@@ -597,6 +598,45 @@ def test_second_derivatives_of_convolutions_are_those_of_torch(options, layout):
         (first,) = torch.autograd.grad(function().square().sum(), weight, create_graph=True)
         outcomes.append(torch.autograd.grad(first.square().sum(), (x, weight)))
     close(*outcomes, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("stride", "padding", "kernel"), [((1, 1), (1, 1), (3, 3)), ((2, 3), (0, 2), (3, 2))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_a_weight_as_a_product_is_that_of_torch(stride, padding, kernel, layout):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 7, 8, dtype=torch.float64).to(memory_format=layout)
+    weight = torch.randn(6, 4, *kernel, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, weight, None, stride, padding)
+    gradient = torch.randn_like(y)
+    (known,) = torch.autograd.grad(y, weight, gradient)
+    torch.testing.assert_close(product_gradient(gradient, x, kernel, stride=stride, padding=padding), known)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "dtype", "options", "expected"),
+    [
+        (6, torch.bfloat16, {}, 2),  # the gradient of the weight, and that of the gradient of the image
+        (6, torch.float32, {}, 0),
+        (7, torch.bfloat16, {}, 0),
+        (6, torch.bfloat16, {"groups": 2}, 0),
+        (6, torch.bfloat16, {"dilation": 2, "padding": 2}, 0),
+    ],
+)
+def test_on_amx_gradients_of_weights_under_small_images_are_products(pixels, dtype, options, expected, monkeypatch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, **{"padding": 1} | options).to(dtype)
+    x = torch.randn(5, 4, pixels, pixels).to(dtype).requires_grad_()
+    products, outcomes = [], []
+    monkeypatch.setattr(
+        convolution, "product_gradient", lambda *args, **form: products.append(1) or product_gradient(*args, **form)
+    )
+    for count, amx in ((0, False), (expected, True)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        outcomes.append(derivatives(lambda x: kernels.convolve(conv, x, conv.weight), x, conv.weight))
+        assert len(products) == count
+    *same, known = outcomes[0]
+    assert all(map(torch.equal, outcomes[1], same))
+    close(outcomes[1][-1:], [known], rtol=2e-2)
 
 
 def native(layer, x):

@@ -6,9 +6,11 @@ $\bar x = \bar y *^T w$, $\bar w = x \star \bar y$, a loss of $(\bar x, \bar w)$
 
 $$\nabla_{\bar y} = v * w + x * u, \quad \nabla_x = \bar y *^T u, \quad \nabla_w = v \star \bar y.$$
 
-First derivatives are torch's own, bit for bit.
+First derivatives are torch's own, bit for bit, but for one: in bfloat16 on a CPU with AMX the gradient of the weight is
+one product of matrices where images are small. Torch's own takes two to fifteen times as long there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bitquorum.kernels import choice
+
+_SMALL = 36
+"""Pixels of an output up to which the product pays, for every number of channels that was tried, from 64 to 512."""
 
 
 def fits_convolution(layer: nn.Module, x: Tensor) -> bool:
@@ -66,6 +71,7 @@ class _Form:
 
     def backward(self, gradient: Tensor, x: Tensor, w: Tensor, *, of_x: bool, of_w: bool) -> tuple[Any, Any]:
         """Return the gradients of x and w, `None` where not wanted; only the shape of a factor that has none counts."""
+        product = of_w and self._takes_product(gradient)
         results = torch.ops.aten.convolution_backward(
             gradient,
             x,
@@ -77,9 +83,38 @@ class _Form:
             False,
             (0, 0),
             self.groups,
-            (of_x, of_w, False),
+            (of_x, of_w and not product, False),
         )
+        if product:
+            return results[0], product_gradient(gradient, x, w.shape[2:], stride=self.stride, padding=self.padding)
         return results[0], results[1]
+
+    def _takes_product(self, gradient: Tensor) -> bool:
+        return (
+            gradient.device.type == "cpu"
+            and gradient.dtype == torch.bfloat16
+            and gradient.shape[2] * gradient.shape[3] <= _SMALL
+            and self.groups == 1
+            and self.dilation == (1, 1)
+            and torch.cpu._is_amx_tile_supported()
+        )
+
+
+def product_gradient(
+    gradient: Float[Tensor, "batch outputs tall wide"],
+    x: Float[Tensor, "batch inputs height width"],
+    kernel: Sequence[int],
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Float[Tensor, "outputs inputs rows columns"]:
+    """Return the gradient of a convolution's weight as one product over all pixels of all images, channels last."""
+    (rows, columns), (down, right) = kernel, padding
+    images = F.pad(x.permute(0, 2, 3, 1), (0, 0, right, right, down, down))
+    windows = images.unfold(1, rows, stride[0]).unfold(2, columns, stride[1])
+    patches = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, rows * columns * x.shape[1])
+    product = gradient.permute(1, 0, 2, 3).flatten(1) @ patches
+    return product.unflatten(1, (rows, columns, -1)).permute(0, 3, 1, 2)
 
 
 class _Convolution(torch.autograd.Function):
