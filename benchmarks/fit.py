@@ -17,7 +17,7 @@ from bitquorum.data import load
 from bitquorum.environment import environment
 from bitquorum.evaluate import Evaluation
 from bitquorum.experiment import experiment_of, training_images
-from bitquorum.experiment.runs import restored
+from bitquorum.experiment.runs import cell_row, restored
 from bitquorum.files import atomic_write, json_row, write_jsonl
 from bitquorum.store import Run
 
@@ -41,25 +41,11 @@ def main() -> None:
         for arm, ensemble in restored(experiment, stored, device="cpu", data_root=None):
             for split, images in sets.items():
                 for cell in evaluation(ensemble, evaluation.choose(images)):
-                    accuracy = cell.accuracy()
-                    rows.append(
-                        {
-                            "arm": f"{arm.name}, {split}",
-                            "members": arm.precision,
-                            "split": split,
-                            "attack": cell.attack,
-                            "epsilon": cell.epsilon,
-                            "name": "accuracy",
-                            "value": accuracy.value,
-                            "low": accuracy.low,
-                            "high": accuracy.high,
-                            "images": accuracy.images,
-                            "draws": accuracy.draws,
-                        }
-                    )
+                    row = cell_row(cell)
+                    rows.append({"arm": f"{arm.name}, {split}", "members": arm.precision, "split": split} | row)
                     print(
-                        f"{arm.name:12} {split:6} {cell.attack:16} {100 * accuracy.value:.1f} % "
-                        f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+                        f"{arm.name:12} {split:6} {cell.attack:16} {100 * row['value']:.1f} % "
+                        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
                         flush=True,
                     )
     write_jsonl(arguments.to / "evaluations" / "fit" / "metrics.jsonl", rows)

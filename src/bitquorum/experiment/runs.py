@@ -435,26 +435,23 @@ def read_cell(path: Path, *, images: bool = True) -> Cell:
 def _rows(arm: Arm, cells: Sequence[Cell], ensemble: Ensemble) -> list[dict[str, Any]]:
     epsilons = sorted({cell.epsilon for cell in cells if cell.attack != CLEAN})
     parameters = sum(parameter.numel() for parameter in ensemble.parameters())
-    rows = []
-    for cell in [*cells, *(worst(cells, epsilon) for epsilon in epsilons)]:
-        accuracy = cell.accuracy()
-        rows.append(
-            {
-                "arm": arm.name,
-                "members": arm.precision,
-                "parameters": parameters,
-                "split": "test",
-                "attack": cell.attack,
-                "epsilon": cell.epsilon,
-                "name": "accuracy",
-                "value": accuracy.value,
-                "low": accuracy.low,
-                "high": accuracy.high,
-                "images": accuracy.images,
-                "draws": accuracy.draws,
-                "forward": cell.cost.forward,
-                "backward": cell.cost.backward,
-                "largest_perturbation": cell.largest,
-            }
-        )
-    return rows
+    own = {"arm": arm.name, "members": arm.precision, "parameters": parameters, "split": "test"}
+    return [own | cell_row(cell) for cell in [*cells, *(worst(cells, epsilon) for epsilon in epsilons)]]
+
+
+def cell_row(cell: Cell) -> dict[str, Any]:
+    """Return the accuracy that an attack leaves, as a row of a table without whose it is."""
+    accuracy = cell.accuracy()
+    return {
+        "attack": cell.attack,
+        "epsilon": cell.epsilon,
+        "name": "accuracy",
+        "value": accuracy.value,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "images": accuracy.images,
+        "draws": accuracy.draws,
+        "forward": cell.cost.forward,
+        "backward": cell.cost.backward,
+        "largest_perturbation": cell.largest,
+    }
