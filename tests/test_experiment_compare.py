@@ -12,7 +12,7 @@ from bitquorum.config import parse
 from bitquorum.evaluate import Ladder
 from bitquorum.evaluate.compare import difference
 from bitquorum.evaluate.presets import quick
-from bitquorum.experiment import compare_run, create, differences
+from bitquorum.experiment import compare_run, create, differences, publish_run
 from bitquorum.experiment.ladder import ladder_folder
 from bitquorum.experiment.runs import evaluation_folder, experiment_of
 from bitquorum.files import save_tensors, write_jsonl
@@ -160,3 +160,68 @@ def test_a_single_arm_has_nothing_to_be_compared_to(run: Run):
     evaluate(run, arms=("base",))
     with pytest.raises(DataError, match="of another arm"):
         compare_run(run)
+
+
+@pytest.fixture
+def later(tmp_path: Path) -> Run:
+    """Return a run of another seed, of which one arm answers as `better` does."""
+    return create(parse({**TABLE, "name": "later", "seed": 1}), tmp_path)
+
+
+def test_an_arm_is_compared_to_one_of_another_run_as_to_one_of_its_own(run: Run, later: Run):
+    evaluate(run)
+    evaluate(later)
+    climb(run, quick(), "base")
+    climb(later, quick(), "better")
+    within, *_ = compare_run(run)
+    evaluated, climbed = compare_run(later, reference="base", other=run)
+    name = f"{run.path.name}: base"
+    assert {(row["arm"], row["reference"]) for row in evaluated} == {(arm, name) for arm in ("base", "better", "twin")}
+    for row in within:
+        (same,) = (r for r in evaluated if (r["arm"], r["attack"]) == (row["arm"], row["attack"]))
+        assert {**same, "reference": "base", "adjusted_p": 0} == {**row, "adjusted_p": 0}
+    assert [(row["arm"], row["attack"]) for row in climbed] == [("better", "claim"), ("better", "worst")]
+    assert differences(later) == [evaluated, climbed]
+    assert differences(run) == [within], "the other run is only read"
+
+
+def test_a_published_run_is_compared_as_the_run_itself(run: Run, later: Run, tmp_path: Path):
+    evaluate(run)
+    evaluate(later)
+    climb(run, quick(), "base")
+    climb(later, quick(), "better")
+    publish_run(run, tmp_path / "results")
+    assert not list((tmp_path / "results").rglob("*.safetensors"))
+    assert not list(run.path.rglob("outcomes.jsonl")), "the run itself is only read"
+    expected = compare_run(later, other=run)
+    found = compare_run(later, other=Run.open(tmp_path / "results"))
+    for rows, others in zip(found, expected, strict=True):
+        assert rows == [{**row, "reference": "results: base"} for row in others]
+    publish_run(Run.open(tmp_path / "results"), tmp_path / "again")
+    assert compare_run(Run.open(tmp_path / "again")) == compare_run(run)
+
+
+def test_runs_of_other_settings_or_data_are_not_compared(run: Run, later: Run, tmp_path: Path):
+    evaluate(run)
+    with pytest.raises(DataError, match=r"an evaluation or a ladder that .* holds of 'base' .* with the same settings"):
+        compare_run(later, other=run)
+    climb(run, quick(), "base")
+    climb(later, replace(quick(), examples=30), "base")
+    with pytest.raises(DataError, match="with the same settings"):
+        compare_run(later, other=run)
+    elsewhere = create(parse({**TABLE, "data": {"name": "cifar10"}}), tmp_path)
+    evaluate(elsewhere)
+    with pytest.raises(DataError, match="expected two runs of one data set, got 'cifar10' and 'digits'"):
+        compare_run(elsewhere, other=run)
+
+
+def test_corrupt_outcomes_are_one_message(run: Run, later: Run, tmp_path: Path):
+    evaluate(run)
+    evaluate(later)
+    publish_run(run, tmp_path / "results")
+    (path,) = (tmp_path / "results").rglob("outcomes.jsonl")
+    write_jsonl(path, [{"arm": "base", "attack": "PGD", "epsilon": 0.1, "draws": 4}])
+    with pytest.raises(
+        DataError, match=r"how many draws of each image are right at .*, got: 'right'; restore"
+    ):
+        compare_run(later, other=Run.open(tmp_path / "results"))

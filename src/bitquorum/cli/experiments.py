@@ -79,21 +79,29 @@ def compare(
     reference: Annotated[
         str | None, typer.Option("--to", help="Arm that the others are compared to; the first one by default.")
     ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            "--of", help="Run that this arm is of, or the folder that it was published to; the same run by default."
+        ),
+    ] = None,
     runs: Root = RUNS,
 ) -> None:
     """Compare the arms of an attacked run image by image: differences of accuracies, with intervals.
 
-    Arms of one run meet the same images, so that paired differences tell far smaller gains from nothing than the
-    intervals of the arms do. They are stored beside each evaluation and each ladder.
+    Arms of one run meet the same images, and so do those of two runs that were attacked with the same settings: paired
+    differences tell far smaller gains from nothing than the intervals of the arms do. They are stored beside each
+    evaluation and each ladder.
 
-    Example: `bitquorum compare digits --to low-bit`.
+    Examples: `bitquorum compare digits --to low-bit`, `bitquorum compare mine --to low-bit --of digits`.
     """
     from bitquorum.experiment import compare_run
     from bitquorum.report import difference_table
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
-    for rows in compare_run(stored, reference=reference):
+    beside = Run.find(runs, other) if other else None
+    for rows in compare_run(stored, reference=reference, other=beside):
         print_table(difference_table(rows))
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 
@@ -192,8 +200,12 @@ def publish(
     target: Annotated[Path, typer.Argument(help="Folder to write, such as results/digits.")],
     runs: Root = RUNS,
 ) -> None:
-    """Copy a run's config, metrics and environment, without weights or images, to a folder."""
+    """Copy a run's config, metrics and environment, without weights or images, to a folder.
+
+    With them goes, for each test image, how many draws were right, so that other runs can be compared to this one.
+    """
+    from bitquorum.experiment import publish_run
     from bitquorum.store import Run
 
-    Run.find(runs, query).publish(target)
+    publish_run(Run.find(runs, query), target)
     out.print(f"Published to {escape(str(target))}")

@@ -1,7 +1,7 @@
 """Run experiments into the store: build, train, attack; every part resumes where a kill left it."""
 
 from bitquorum.experiment.certify import attacked_epsilons, ceilings, certificates, certify_run
-from bitquorum.experiment.compare import compare_run, differences
+from bitquorum.experiment.compare import compare_run, differences, publish_run
 from bitquorum.experiment.detect import detect_run, last_attack
 from bitquorum.experiment.ladder import climb_run, ladder_rows, ladder_times, ladders, usual_epsilons, verdicts
 from bitquorum.experiment.plane import correlations_of, plane_run
@@ -43,6 +43,7 @@ __all__ = [
     "last_attack",
     "plane_run",
     "progress_of",
+    "publish_run",
     "restore_ensemble",
     "results",
     "run",
