@@ -314,7 +314,7 @@ def test_compare_prints_paired_differences_and_show_repeats_them(tiny: str, tmp_
     assert "plain sq" in call("show", "tiny", *place)
     published = tmp_path / "published"
     call("publish", "tiny", str(published), *place)
-    assert "sq published: plain" in call("compare", "tiny", "--to", "plain", "--of", str(published), *place)
+    assert "sq plain of" in call("compare", "tiny", "--to", "plain", "--of", str(published), *place)
 
 
 def test_show_prints_a_config_that_replays_and_markdown_as_it_is(runs: Path):

@@ -175,7 +175,7 @@ def test_an_arm_is_compared_to_one_of_another_run_as_to_one_of_its_own(run: Run,
     climb(later, quick(), "better")
     within, *_ = compare_run(run)
     evaluated, climbed = compare_run(later, reference="base", other=run)
-    name = f"{run.path.name}: base"
+    name = f"base of {run.path.name}"
     assert {(row["arm"], row["reference"]) for row in evaluated} == {(arm, name) for arm in ("base", "better", "twin")}
     for row in within:
         (same,) = (r for r in evaluated if (r["arm"], r["attack"]) == (row["arm"], row["attack"]))
@@ -196,7 +196,7 @@ def test_a_published_run_is_compared_as_the_run_itself(run: Run, later: Run, tmp
     expected = compare_run(later, other=run)
     found = compare_run(later, other=Run.open(tmp_path / "results"))
     for rows, others in zip(found, expected, strict=True):
-        assert rows == [{**row, "reference": "results: base"} for row in others]
+        assert rows == [{**row, "reference": "base of results"} for row in others]
     publish_run(Run.open(tmp_path / "results"), tmp_path / "again")
     assert compare_run(Run.open(tmp_path / "again")) == compare_run(run)
 

@@ -46,7 +46,7 @@ def compare_run(stored: Run, *, reference: str | None = None, other: Run | None 
             "differences are paired by image"
         )
     home = other or stored
-    name = f"{home.path.resolve().name}: {base}" if other else base
+    name = f"{base} of {home.path.resolve().name}" if other else base
     arms = [arm.name for arm in experiment.arms if other or arm.name != base]
     found = []
     with stored.lock():
