@@ -221,7 +221,5 @@ def test_corrupt_outcomes_are_one_message(run: Run, later: Run, tmp_path: Path):
     publish_run(run, tmp_path / "results")
     (path,) = (tmp_path / "results").rglob("outcomes.jsonl")
     write_jsonl(path, [{"arm": "base", "attack": "PGD", "epsilon": 0.1, "draws": 4}])
-    with pytest.raises(
-        DataError, match=r"how many draws of each image are right at .*, got: 'right'; restore"
-    ):
+    with pytest.raises(DataError, match=r"how many draws of each image are right at .*, got: 'right'; restore"):
         compare_run(later, other=Run.open(tmp_path / "results"))
