@@ -1,6 +1,7 @@
 """Test that experiments are read completely, and that what is not understood is refused with advice."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,21 @@ def test_every_preset_of_ours_compares_arms_that_differ(name: str):
 def test_the_robust_presets_keep_to_four_bits_and_to_natural_images(name: str):
     arms = {arm.name: arm for arm in read(name).arms}
     arms.pop("pgd-at", None)
-    assert "sq-gradient" in arms
+    assert ("held" if name == "cifar10-robust-long" else "sq-gradient") in arms
     for arm in arms.values():
         assert all(isinstance(member, Policy) for member in arm.members)
         bits = [(member.weight_bits, member.activation_bits) for member in arm.members]
         assert all(count is not None and count <= 4 for pair in bits for count in pair)
         smooth = LinearizedLoss if arm.name in ("linearized", "held") else InputGradient
         assert {type(term) for term in arm.objective.terms} == {MemberCrossEntropy, smooth}
+
+
+def test_the_long_robust_preset_trains_an_arm_of_the_other_for_more_epochs():
+    short, long = read("cifar10-robust"), read("cifar10-robust-long")
+    (arm,) = long.arms
+    assert arm in short.arms
+    assert long.trainer == replace(short.trainer, epochs=36)
+    assert replace(long, name=short.name, trainer=short.trainer, arms=short.arms) == short
 
 
 def test_a_stored_config_replays(tmp_path: Path):
