@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, FGSM, PGD, SPSA, Attack, Kind, RandomNoise, Square
+from bitquorum.attacks import APGD, FGSM, PGD, SPSA, APGDTargeted, Attack, Kind, RandomNoise, Square
 from bitquorum.conversion import Policy, calibrate
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena, Climb, Examples, Ladder, SequentialTest, interval, ladder_named
@@ -347,6 +347,13 @@ def test_what_a_quiet_model_spares_in_draws_becomes_queries():
     ]
     plan = ladder(*rungs)
     assert plan.passes(linear()).forward < plan.passes(random_network()).forward + 4
+
+
+def test_what_a_quiet_model_spares_in_draws_becomes_steps_of_apgd_up_to_a_hundred():
+    rungs = (APGD(steps=20, eot=10, loss="dlr"), APGDTargeted(steps=12, eot=8), APGD(steps=200, eot=2, loss="margin"))
+    noisy, quiet = (ladder(*rungs).rungs_for(model) for model in (random_network(), linear()))
+    assert [rung.label for rung in noisy[1:]] == [rung.label for rung in rungs]
+    assert [rung.label for rung in quiet[1:]] == ["APGD-100 dlr", "APGD-T-96 t9", "APGD-200 margin"]
 
 
 def test_rungs_without_the_norm_are_left_out():

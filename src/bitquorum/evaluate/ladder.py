@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import rng
-from bitquorum.attacks import FAB, Attack, Kind, RandomNoise, Square
+from bitquorum.attacks import APGD, FAB, APGDTargeted, Attack, Kind, RandomNoise, Square
 from bitquorum.attacks.blackbox import EstimatedGradient
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
@@ -176,9 +176,10 @@ class Ladder(Method):
     def rungs_for(self, model: Model, sources: Collection[str] = ()) -> tuple[Attack, ...]:
         """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
 
-        A model without noise needs one draw a step, and attacks by queries take their draws as queries; one without our
-        quantizers no choice of their backward pass and at most one copy without noise, one with a single member and no
-        noise no choice of pooling. What is equal then is climbed once. A rung whose source is `*` stands for one rung
+        A model without noise needs one draw a step: attacks by queries take their draws as queries, FAB as steps, APGD
+        as steps up to the hundred of its paper. A model without our quantizers needs no choice of their backward pass
+        and at most one copy without noise, one with a single member and no noise no choice of pooling. What is equal
+        then is climbed once. A rung whose source is `*` stands for one rung
         for each of `sources`.
         """
         chosen: dict[str, Attack] = {}
@@ -517,6 +518,8 @@ def _as_queries(attack: Attack) -> dict[str, Any]:
             return {"queries": attack.queries * attack.eot * (2 if attack.fresh else 1)}
         case FAB():
             return {"steps": attack.steps * attack.eot}
+        case APGD() | APGDTargeted():
+            return {"steps": max(attack.steps, min(100, attack.steps * attack.eot))}
         case EstimatedGradient():
             return {"directions": attack.directions * attack.eot}
         case RandomNoise():

@@ -31,7 +31,7 @@ def quick() -> Ladder:
     """Return a ladder for development: every kind of rung.
 
     An image that stands to the end costs about 1,200 passes, forward and backward ones together, under noise and with
-    three members and sources; about 200 without noise.
+    three members and sources; about 800 without noise.
     """
     return Ladder(
         name="quick",
@@ -55,7 +55,7 @@ def standard() -> Ladder:
     """Return the ladder to quote.
 
     An image that stands to the end costs about 4,600 passes, forward and backward ones together, under noise and with
-    three members and sources; about 600 without noise. Most images fall early.
+    three members and sources; about 2,500 without noise. Most images fall early.
     """
     return Ladder(
         name="standard",
@@ -83,7 +83,7 @@ def standard() -> Ladder:
 def full() -> Ladder:
     """Return every rung of the evaluation standard, at budgets for a GPU and for results that are published.
 
-    An image that stands to the end costs about 80,000 passes under noise, 6,500 without.
+    An image that stands to the end costs about 80,000 passes under noise, 35,000 without.
     """
     return Ladder(
         name="full",
