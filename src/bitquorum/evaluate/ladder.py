@@ -179,8 +179,7 @@ class Ladder(Method):
         A model without noise needs one draw a step: attacks by queries take their draws as queries, FAB as steps, APGD
         as steps up to the hundred of its paper. A model without our quantizers needs no choice of their backward pass
         and at most one copy without noise, one with a single member and no noise no choice of pooling. What is equal
-        then is climbed once. A rung whose source is `*` stands for one rung
-        for each of `sources`.
+        then is climbed once. A rung whose source is `*` stands for one rung for each of `sources`.
         """
         chosen: dict[str, Attack] = {}
         for attack in (self.claim, *self.rungs):
