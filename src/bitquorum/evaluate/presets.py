@@ -54,7 +54,7 @@ def quick() -> Ladder:
 def standard() -> Ladder:
     """Return the ladder to quote.
 
-    An image that stands to the end costs about 4,600 passes, forward and backward ones together, under noise and with
+    An image that stands to the end costs about 4,900 passes, forward and backward ones together, under noise and with
     three members and sources; about 2,500 without noise. Most images fall early.
     """
     return Ladder(
