@@ -38,14 +38,14 @@ def compare_run(stored: Run, *, reference: str | None = None, other: Run | None 
         BitquorumError: if the arm is unknown, no evaluation holds it and another, the runs are of different data sets,
             the run is locked or a stored file is corrupt.
     """
-    experiment, theirs = experiment_of(stored), experiment_of(other or stored)
+    home = other or stored
+    experiment, theirs = experiment_of(stored), experiment_of(home)
     base = choose_arms(theirs, [reference] if reference else [])[0].name
     if theirs.data.name != experiment.data.name:
         raise DataError(
             f"expected two runs of one data set, got {experiment.data.name!r} and {theirs.data.name!r}; "
             "differences are paired by image"
         )
-    home = other or stored
     name = f"{base} of {home.path.resolve().name}" if other else base
     arms = [arm.name for arm in experiment.arms if other or arm.name != base]
     found = []
