@@ -199,6 +199,16 @@ def test_one_arm_at_a_time_ends_in_the_same_rows(climbed: Run, copied: Run):
         climb_run(copied, LADDER, arms=["other"])
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_automatic_precision_is_stored_as_what_it_was(copied: Run, monkeypatch: pytest.MonkeyPatch, pays: bool):
+    monkeypatch.setattr("bitquorum.evaluate.ladder.bfloat16_pays", lambda device: pays)
+    rows = climb_run(copied, replace(LADDER, precision="auto"), arms=["plain"])
+    settled = replace(LADDER, precision="bfloat16" if pays else None)
+    assert settled in ladders(copied)
+    assert all(found.precision != "auto" for found in ladders(copied))
+    assert rows == ladder_rows(copied, settled)
+
+
 def test_arms_that_were_climbed_apart_are_collected_without_being_climbed(climbed: Run, copied: Run):
     (path,) = copied.path.glob("ladders/*/metrics.jsonl")
     path.unlink()

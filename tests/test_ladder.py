@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -170,6 +170,21 @@ def test_attacks_in_half_precision_leave_images_and_judgment_in_single():
     whole = ladder(rungs)(model, examples, epsilon=0.1)
     assert seen == {torch.float32}
     assert half.clean == whole.clean
+
+
+@pytest.mark.parametrize(("pays", "precision"), [(True, "bfloat16"), (False, None)])
+def test_automatic_precision_is_the_one_that_pays(
+    monkeypatch: pytest.MonkeyPatch, pays: bool, precision: Literal["bfloat16"] | None
+):
+    monkeypatch.setattr("bitquorum.evaluate.ladder.bfloat16_pays", lambda device: pays)
+    model, examples = random_network(), examples_of(30)
+    seen: set[torch.dtype] = set()
+    model.members[0].register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    chosen = ladder(APGD(steps=5, eot=2), precision="auto")
+    assert chosen.on("cpu") == replace(chosen, precision=precision)
+    climb = chosen(model, examples, epsilon=0.1)
+    assert seen == ({torch.bfloat16, torch.float32} if pays else {torch.float32})
+    assert torch.equal(climb.images, replace(chosen, precision=precision)(model, examples, epsilon=0.1).images)
 
 
 def test_a_climb_goes_on_where_it_was_cut():

@@ -28,6 +28,7 @@ from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
 from bitquorum.interface import BitquorumError, DataError, InputError, Method
+from bitquorum.kernels import bfloat16_pays
 from bitquorum.muon import Muon
 from bitquorum.objective import Objective, Reduce, Step
 from bitquorum.quantizers import Quantizer
@@ -73,7 +74,7 @@ class Trainer(Method):
         ema: Decay of the averaged weights that are returned; 0 turns averaging off.
         clip: Largest gradient norm; 0 for none.
         augment: Random changes of the training images.
-        precision: `bfloat16` autocasts; `auto` does so on devices where it pays (see `bfloat16_pays`).
+        precision: `bfloat16` autocasts; `auto` does so on devices where it pays (see `kernels.bfloat16_pays`).
         channels_last: Memory layout of images and convolutions.
         calibration: Training images that set the first activation ranges; 0 keeps the guesses.
         checkpoint_seconds: Time between checkpoints.
@@ -417,13 +418,6 @@ class _Mean(Reduce):
         total = x.clone()
         dist.all_reduce(total)
         return total / dist.get_world_size()
-
-
-def bfloat16_pays(device: torch.device) -> bool:
-    """Return whether bfloat16 is the faster choice: CUDA from Ampere on, or a CPU with AMX or AVX512_BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ def _climb(
     chosen = ladder_named(name)
     given = [number(epsilon) for epsilon in epsilons]
     table = encode(chosen) | {"epsilons": given or experiment.usual_epsilons(stored)}
-    chosen = decode(type(chosen), apply_overrides(table, overrides))
+    chosen = decode(type(chosen), apply_overrides(table, overrides)).on(device)
     with resumable(stored), bars() as listener:
         rows = experiment.climb_run(
             stored, chosen, arms=arms, also=also, device=device, data_root=data, listener=listener

@@ -19,7 +19,7 @@ def doctor(data: DataRoot = None) -> None:
     from bitquorum import kernels
     from bitquorum.data import available
     from bitquorum.environment import environment
-    from bitquorum.train import bfloat16_pays
+    from bitquorum.kernels import bfloat16_pays
 
     facts = environment()
     cpu = facts["cpu"]

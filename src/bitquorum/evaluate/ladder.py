@@ -24,6 +24,7 @@ from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
 from bitquorum.evaluate.sequential import SequentialTest, Tally
 from bitquorum.geometry import Norm, norm_of
 from bitquorum.interface import Cost, InputError, Method, Model
+from bitquorum.kernels import bfloat16_pays
 from bitquorum.layers import Noise
 from bitquorum.quantizers import Quantizer, Surrogate
 from bitquorum.quantizers.twin import Twin
@@ -131,8 +132,9 @@ class Ladder(Method):
         everywhere: Whether every rung meets every image.
         tries: Number of tries of the attacker in the worst-of accuracy.
         check_images: Number of images for the self-checks; 0 leaves them out.
-        precision: `bfloat16` autocasts the attacks, which may then move otherwise; `None` leaves them as they are.
-            Selection and judgment are never autocast, and every perturbation is kept in float32.
+        precision: `bfloat16` autocasts the attacks, which may then move otherwise; `None` leaves them as they are, and
+            `auto` is `bfloat16` on devices where it pays (see `kernels.bfloat16_pays`), `None` on others. Selection and
+            judgment are never autocast, and every perturbation is kept in float32.
         seed: Of the choice of images, of attacks and of draws.
     """
 
@@ -148,7 +150,7 @@ class Ladder(Method):
     everywhere: bool = False
     tries: int = 5
     check_images: int = 32
-    precision: Literal["bfloat16"] | None = None
+    precision: Literal["auto", "bfloat16"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,6 +174,12 @@ class Ladder(Method):
         if not self.examples or self.examples >= len(data):
             return data
         return data.take(self.examples, seed=rng.derive(self.seed, "examples"))
+
+    def on(self, device: torch.device | str) -> "Ladder":
+        """Return the ladder as a device climbs it: with an `auto` precision settled."""
+        if self.precision != "auto":
+            return self
+        return replace(self, precision="bfloat16" if bfloat16_pays(torch.device(device)) else None)
 
     def rungs_for(self, model: Model, sources: Collection[str] = ()) -> tuple[Attack, ...]:
         """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
@@ -352,9 +360,9 @@ class Arena:
         return found, cost
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self.ladder.precision is None:
-            return nullcontext()
-        return torch.autocast(self.examples.images.device.type, torch.bfloat16)
+        device = self.examples.images.device
+        low = self.ladder.on(device).precision == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
     def score(self, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"]) -> Tally:
         """Test on selection draws which of the versions stand."""

@@ -41,7 +41,7 @@ def climb_run(
 
     Args:
         stored: A trained run.
-        ladder: What to climb, with its epsilons.
+        ladder: What to climb, with its epsilons. It is stored as `ladder.on(device)`, by its digest.
         arms: Names of the arms to climb with; all of them by default.
         also: Names of peers whose second opinion is added; see `peers`.
         device: Where to compute.
@@ -55,6 +55,7 @@ def climb_run(
     chosen = choose_arms(experiment, arms)
     for name in also:
         check_peer(name)
+    ladder = ladder.on(device)
     folder = ladder_folder(stored, ladder)
     parts = [*(f"{arm.name}/verdicts.jsonl" for arm in chosen), *_opinion_files(chosen, ladder, also)]
     if all((folder / part).exists() for part in parts):

@@ -10,7 +10,7 @@
 | `rounding` | weights rounded to nearest, forwards and backwards in one pass each |
 | `normalize` | batch normalization whose second derivatives are one pass each |
 | `gelu` | GELU whose second derivatives are one pass |
-| `precision` | half precision widened |
+| `precision` | half precision widened, and chosen where it pays |
 | `convolution` | convolutions whose second derivatives cost what the first ones do |
 
 A kernel is one pure torch function. Plainly it runs block by block inside the cache; compiled, `torch.compile` fuses it
@@ -35,7 +35,7 @@ from bitquorum.kernels.layout import flatten, unflatten
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
 from bitquorum.kernels.noise import LawName, draw, keys, mix64, uniform
 from bitquorum.kernels.normalize import fits_normalization, normalize, normalize_plain, statistics_held
-from bitquorum.kernels.precision import wide
+from bitquorum.kernels.precision import bfloat16_pays, wide
 from bitquorum.kernels.quantize import MeanCode, expect, fits_expectation, fits_quantization, quantize
 from bitquorum.kernels.rounding import round_symmetric
 
@@ -45,6 +45,7 @@ __all__ = [
     "Mode",
     "SmoothLawName",
     "applies",
+    "bfloat16_pays",
     "compiler_available",
     "convolve",
     "draw",
