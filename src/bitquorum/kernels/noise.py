@@ -120,7 +120,7 @@ def _draw_compiled(
     if rows == 1:  # a size of one would be compiled anew
         halves, flat = halves.repeat(2, 1), flat.repeat(2, 1)
     tables = () if terms is None else (numbers(terms, flat.device),)
-    inputs = (halves, counter, flat.contiguous(), largest, width, *tables)
+    inputs = (halves, counter.view(torch.float32), flat.contiguous(), largest, width, *tables)
     drawn = choice.call(codes, *inputs, exact=True, law=law, compiled=True)
     return None if drawn is None else drawn[:rows]
 
@@ -225,7 +225,7 @@ def _mix(h: Int[Tensor, "*shape"], scratch: Int[Tensor, "*shape"]) -> None:
 
 @no_type_check
 def _uniform(halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "count"]) -> Float[Tensor, "rows count"]:
-    h = counter + halves[:, :1]
+    h = counter.view(torch.int32) + halves[:, :1]
     scratch = torch.empty_like(h)
     _mix(h, scratch)
     h.bitwise_xor_(halves[:, 1:])

@@ -104,7 +104,7 @@ def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) ->
     values = choice.call(
         _values,
         noise.key_halves(keys),
-        counter,
+        counter.view(torch.float32),
         flat,
         low,
         step,
