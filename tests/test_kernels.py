@@ -544,6 +544,39 @@ def test_the_fused_quantizer_trains_its_range_as_the_plain_one(compiled, grid):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "law", [Deterministic(), Deterministic(smooth_as=SmoothRounding()), StochasticRounding()], ids=str
+)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("grid", [pytest.param("one-sided", marks=pytest.mark.slow), "two-sided"])
+def test_the_fused_quantizer_without_smooth_noise_equals_the_plain_one(compiled, law, learned, grid, monkeypatch):
+    quantizer = Quantizer(3, grid=grid, low=-0.3, high=2.0, law=law, learned=learned)
+    x = (values(6, 4, 5, 7, top=3) - 1).to(memory_format=torch.channels_last)
+    x[:, :2, :2] = quantizer.levels()[-1]  # the gradient at the end of the range is that inside
+    x.requires_grad_()
+
+    def run(x):
+        with rng.draw([4, 5] if law.stochastic else 4):
+            return quantizer(x * 1)
+
+    trained = tuple(quantizer.parameters())
+    name = "quantize" if law.stochastic else "round_nearest"
+    asked, asking = [], getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *given: asked.append(given) or asking(*given))
+    fused = derivatives(run, x, *trained)
+    assert asked
+    assert bool(torch.isin(fused[0], quantizer.levels()).all())
+    assert fused[0].is_contiguous(memory_format=torch.channels_last)
+    half = derivatives(run, x.detach().bfloat16().requires_grad_(), *trained)
+    monkeypatch.setattr(kernels, name, None)  # would fail where it is called
+    kernels.use("eager")
+    plain = derivatives(run, x, *trained)
+    assert torch.equal(fused[0], plain[0])
+    close(fused, plain)
+    close(half[:2], derivatives(run, x.detach().bfloat16().requires_grad_(), *trained)[:2], rtol=2e-2)
+
+
+@needs_compiler
 @pytest.mark.parametrize("law", ["smooth-rounding", pytest.param("logistic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grid", [pytest.param("one-sided", marks=pytest.mark.slow), "two-sided"])
 def test_the_fused_mean_equals_the_plain_one(compiled, law, grid, monkeypatch):

@@ -62,8 +62,11 @@ def _pass(kind: str, function: _Function, x: Tensor, weight: Tensor) -> None:
 
 def _functions(bits: int, device: str) -> Iterator[tuple[str, _Function]]:
     yield "hardtanh", nn.Hardtanh(0.0, _HIGH)
-    yield "round to nearest", Quantizer(bits, high=_HIGH, law=Deterministic()).to(device)
+    nearest = Quantizer(bits, high=_HIGH, law=Deterministic()).to(device)
+    yield "round to nearest", nearest
     compiled = fastest(device) == "compiled"
+    if compiled:
+        yield "round to nearest, compiled", partial(_ours, nearest, "compiled")
     for law in (Logistic(), SmoothRounding()):
         found = Quantizer(bits, high=_HIGH, law=law).to(device)
         yield f"SQ {type(law).__name__}, plain", partial(_ours, found, "eager")

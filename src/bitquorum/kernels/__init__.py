@@ -36,13 +36,22 @@ from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvatu
 from bitquorum.kernels.noise import LawName, draw, keys, mix64, uniform
 from bitquorum.kernels.normalize import fits_normalization, normalize, normalize_plain, statistics_held
 from bitquorum.kernels.precision import bfloat16_pays, wide
-from bitquorum.kernels.quantize import MeanCode, expect, fits_expectation, fits_quantization, quantize
+from bitquorum.kernels.quantize import (
+    MeanCode,
+    Noise,
+    expect,
+    fits_expectation,
+    fits_quantization,
+    quantize,
+    round_nearest,
+)
 from bitquorum.kernels.rounding import round_symmetric
 
 __all__ = [
     "LawName",
     "MeanCode",
     "Mode",
+    "Noise",
     "SmoothLawName",
     "applies",
     "bfloat16_pays",
@@ -64,6 +73,7 @@ __all__ = [
     "normalize",
     "normalize_plain",
     "quantize",
+    "round_nearest",
     "round_symmetric",
     "slope",
     "slope_and_curvature",

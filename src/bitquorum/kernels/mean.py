@@ -12,6 +12,8 @@ rest contribute less than 1e-7.
   the default scale. What the thresholds beyond the range's end add to it at $x$ is what the true ones sum to at $-x$,
   so that one sum serves both sides of zero. It is analytic in $q = e^{-|x| / \rho}$, with its next pole at
   $-e^{1 / (2 \rho)}$: q times a polynomial in $2 q - 1$, by which small sums are as exact as large ones.
+- The mean of rounding to nearest has no useful slope; straight-through it is taken for the clip of z, whose slope is 1
+  from the lowest level to the highest, both included, and 0 outside.
 - The sum of smooth rounding telescopes to $\sigma(z / \rho) - \sigma((z - \mathrm{top}) / \rho)$; in the lower half of
   a wide range the second part is below half a unit in the last place of the first.
 """
@@ -31,6 +33,7 @@ from bitquorum.interface import InputError
 from bitquorum.kernels import choice, layout, noise, polynomial
 
 SmoothLawName = Literal["logistic", "gaussian", "smooth-rounding"]
+MeanName = Literal["logistic", "gaussian", "smooth-rounding", "clip"]
 Table: TypeAlias = Tensor | tuple[float, ...]  # on a device for compiled code, where a number would be a constant
 
 # In scales: beyond, the density is below 1e-7; the end of a smooth clip, below half a unit in the last place of 1/2.
@@ -96,9 +99,9 @@ def _run(z: Tensor, law: SmoothLawName, top: int, scale: float, order: int) -> l
     return layout.by_blocks(z, lambda part: sums(part, table, **constants), order)
 
 
-def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
+def compiles(law: MeanName, top: int, scale: float) -> bool:
     """Return whether the sums are short enough for compiled code, and inside float32."""
-    if law == "smooth-rounding":
+    if law in ("smooth-rounding", "clip"):
         return True
     half = _half(law, top, scale)
     if law == "logistic" and half is not None:
@@ -107,13 +110,13 @@ def compiles(law: SmoothLawName, top: int, scale: float) -> bool:
 
 
 def compiled_table(
-    law: SmoothLawName, top: int, scale: float, device: torch.device
+    law: MeanName, top: int, scale: float, device: torch.device
 ) -> tuple[Float[Tensor, "entries"], dict[str, Hashable]]:
     """Return the table of numbers and the constants that `sums` takes in compiled code, but for its order."""
     return noise.numbers(_table(law, top, _half(law, top, scale), scale), device), _constants(law, top, scale)
 
 
-def _constants(law: SmoothLawName, top: int, scale: float) -> dict[str, Hashable]:
+def _constants(law: MeanName, top: int, scale: float) -> dict[str, Hashable]:
     half = _half(law, top, scale)
     terms = _terms(scale) if law == "logistic" and half is not None else 0
     return {"law": law, "top": top, "half": half, "terms": terms}
@@ -123,12 +126,14 @@ def _exponents_fit(law: SmoothLawName, reach: float, scale: float) -> bool:
     return law != "logistic" or reach / scale < _LARGEST
 
 
-def _half(law: SmoothLawName, top: int, scale: float) -> int | None:
+def _half(law: MeanName, top: int, scale: float) -> int | None:
     """Return how many thresholds on a side are summed one by one, or `None` to sum all of them so.
 
     Smooth rounding has two ends in place of thresholds: 0 leaves the far one out. Logistic noise has a polynomial in
-    place of those beyond an end, with so many coefficients.
+    place of those beyond an end, with so many coefficients. A clip has neither.
     """
+    if law == "clip":
+        return None
     if law == "smooth-rounding":
         return 0 if top / 2 > _REACH[law] * scale else None
     if law == "logistic":  # the thresholds above the highest, which the series counts, must be out of reach
@@ -146,9 +151,9 @@ def _terms(scale: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def _table(law: SmoothLawName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
+def _table(law: MeanName, top: int, half: int | None, scale: float) -> tuple[float, ...]:
     """Return 1 / scale, the least argument in scales, and a constant for each threshold; or, for series, their own."""
-    if law == "smooth-rounding":
+    if law in ("smooth-rounding", "clip"):
         return (1 / scale,)
     if law == "logistic" and half is not None:
         ends = (polynomial.fit(partial(_end, scale, order), half, -1.0, 1.0) for order in (1, 2))
@@ -190,13 +195,16 @@ def sums(
     z: Float[Tensor, "count"],
     table: Table,
     *,
-    law: SmoothLawName,
+    law: MeanName,
     top: int,
     half: int | None,
     terms: int,
     order: int,
 ) -> tuple[Float[Tensor, "count"], ...]:
     """Return the slope and, for order 2, the curvature."""
+    if law == "clip":
+        inside = ((z >= 0) & (z <= top)).to(z.dtype)
+        return (inside,) if order == 1 else (inside, torch.zeros_like(z))
     if law == "smooth-rounding":
         return _smooth_rounding(z, table, top, half, order)
     x = torch.minimum(z, top - z)

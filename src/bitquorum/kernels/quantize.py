@@ -1,8 +1,8 @@
 """Quantize activations in one pass, forwards and backwards, without a noise tensor.
 
-The three passes are those of the plain quantizer, fused: the forward pass draws and decodes the code (or decodes the
-mean code, for copies without noise), the backward pass multiplies by the slope of the mean, its own backward pass by
-slope and curvature. Nothing is kept but the input and, where the range is learned, the result.
+The three passes are those of the plain quantizer, fused: the forward pass draws and decodes the code (or rounds to the
+nearest one, or decodes the mean code, for copies without noise), the backward pass multiplies by the slope of the mean,
+its own backward pass by slope and curvature. Nothing is kept but the input and, where the range is learned, the result.
 """
 
 from typing import Any, NamedTuple, no_type_check
@@ -16,18 +16,19 @@ from torch.nn.functional import softplus
 from bitquorum.kernels import choice, layout, mean, noise
 
 
-class MeanCode(NamedTuple):
-    """Name the mean of a quantizer: the law, the largest code, the noise scale and its factor inside the gradient."""
+class Noise(NamedTuple):
+    """Name the noise of a draw: the law and its scale in steps."""
 
-    law: mean.SmoothLawName
-    top: int
+    law: noise.LawName
     scale: float
-    width: float = 1.0
 
-    @property
-    def wide(self) -> float:
-        """The noise scale inside the gradient."""
-        return self.scale * self.width
+
+class MeanCode(NamedTuple):
+    """Name the mean that lends its derivatives: the law, the largest code and the noise scale; a clip has no scale."""
+
+    law: mean.MeanName
+    top: int
+    scale: float = 1.0
 
 
 def fits_quantization(x: Tensor, grid: MeanCode) -> bool:
@@ -37,7 +38,7 @@ def fits_quantization(x: Tensor, grid: MeanCode) -> bool:
         and x.dim() > 1
         and x.shape[0] > 1
         and x.shape[1:].numel() > 1
-        and mean.compiles(grid.law, grid.top, grid.wide)
+        and mean.compiles(grid.law, grid.top, grid.scale)
     )
 
 
@@ -52,6 +53,7 @@ def quantize(
     keys: Int[Tensor, "rows"],
     low: Float[Tensor, ""],
     step: Float[Tensor, ""],
+    drawn: Noise,
     grid: MeanCode,
 ) -> Float[Tensor, "rows *rest"] | None:
     r"""Return `low` plus `step` times the drawn code, or `None` where the compiler fails.
@@ -66,9 +68,22 @@ def quantize(
         keys: One 64-bit key for each row, of its noise.
         low: Lowest level.
         step: Distance of the levels.
-        grid: The rest.
+        drawn: The noise of the draw.
+        grid: The mean M, of the same noise or of another, and the largest code.
     """
-    return _attach(_draw(x.detach(), keys, low.detach(), step.detach(), grid), x, low, step, grid)
+    return _attach(_draw(x.detach(), keys, low.detach(), step.detach(), drawn, grid.top), x, low, step, grid)
+
+
+def round_nearest(
+    x: Float[Tensor, "rows *rest"], low: Float[Tensor, ""], step: Float[Tensor, ""], grid: MeanCode
+) -> Float[Tensor, "rows *rest"] | None:
+    """Return `low` plus `step` times the nearest code, or `None` where the compiler fails.
+
+    Differentiable as `quantize` is; arguments are those of `quantize`.
+    """
+    top = noise.scalar(float(grid.top), x.device)
+    values = choice.call(_nearest_values, layout.flatten(x.detach()), low.detach(), step.detach(), top, exact=True)
+    return _attach(None if values is None else layout.unflatten(values, x), x, low, step, grid)
 
 
 def expect(
@@ -76,7 +91,8 @@ def expect(
 ) -> Float[Tensor, "rows *rest"] | None:
     """Return `low` plus `step` times the mean code, or `None` where the compiler fails.
 
-    Differentiable as `quantize` is, with the mean code in place of the drawn one; arguments are those of `quantize`.
+    Differentiable as `quantize` is, with the mean code in place of the drawn one; arguments are those of `quantize`,
+    with a law of `fits_expectation`.
     """
     values = choice.call(
         _mean_values,
@@ -98,9 +114,9 @@ def _attach(values: Tensor | None, x: Tensor, low: Tensor, step: Tensor, grid: M
     return _Quantize.apply(x, values, low, step, grid)  # type: ignore[return-value]
 
 
-def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) -> Tensor | None:
+def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, drawn: Noise, top: int) -> Tensor | None:
     flat, counter = layout.flatten(x, 1), noise.row_counter(x)
-    terms = noise.edge_terms(grid.law, grid.scale)
+    terms = noise.edge_terms(drawn.law, drawn.scale)
     values = choice.call(
         _values,
         noise.key_halves(keys),
@@ -108,11 +124,11 @@ def _draw(x: Tensor, keys: Tensor, low: Tensor, step: Tensor, grid: MeanCode) ->
         flat,
         low,
         step,
-        noise.scalar(float(grid.top), x.device),
-        noise.scalar(grid.scale, x.device),
+        noise.scalar(float(top), x.device),
+        noise.scalar(drawn.scale, x.device),
         *(() if terms is None else (noise.numbers(terms, x.device),)),
         exact=True,
-        law=grid.law,
+        law=drawn.law,
     )
     return None if values is None else layout.unflatten(values, x, 1)
 
@@ -172,13 +188,13 @@ class _Backward(torch.autograd.Function):
 def _call(
     kernel: Any, tensors: tuple[Tensor, ...], low: Tensor, step: Tensor, grid: MeanCode, *, order: int
 ) -> tuple[Tensor, ...]:
-    table, constants = mean.compiled_table(grid.law, grid.top, grid.wide, tensors[0].device)
+    table, constants = mean.compiled_table(grid.law, grid.top, grid.scale, tensors[0].device)
     flats = [layout.flatten(tensor) for tensor in tensors]
     return choice.compute(kernel, *flats, low, step, table, order=order, **constants)
 
 
 # The functions below are traced by the compiler; type checks at run time would break the trace. A draw divides by the
-# step, so that a value on a threshold stays there; a slope may multiply, which is faster.
+# step, so that a value on a threshold stays there, and so does a clip; a smooth slope may multiply, which is faster.
 
 
 @no_type_check
@@ -200,6 +216,12 @@ def _values(
 
 
 @no_type_check
+def _nearest_values(x: Tensor, low: Tensor, step: Tensor, top: Tensor) -> Tensor:
+    code = ((x.float() - low) / step).clamp(min=0).clamp(max=top).round()
+    return (low + code * step).to(x.dtype)
+
+
+@no_type_check
 def _mean_values(x: Tensor, low: Tensor, step: Tensor, scale: Tensor, *, law: str, top: int) -> Tensor:
     z = (x.float() - low) * (1 / step)
     if law == "smooth-rounding":
@@ -212,7 +234,7 @@ def _mean_values(x: Tensor, low: Tensor, step: Tensor, scale: Tensor, *, law: st
 
 @no_type_check
 def _slope(x: Tensor, g: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any) -> tuple[Tensor]:
-    (slope,) = mean.sums((x.float() - low) * (1 / step), table, **constants)
+    (slope,) = mean.sums(_steps(x.float() - low, step, constants["law"]), table, **constants)
     return ((g.float() * slope).to(g.dtype),)
 
 
@@ -221,7 +243,7 @@ def _slope_and_range(
     x: Tensor, g: Tensor, values: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     over, wide = x.float() - low, g.float()
-    (slope,) = mean.sums(over * (1 / step), table, **constants)
+    (slope,) = mean.sums(_steps(over, step, constants["law"]), table, **constants)
     of_x = wide * slope
     return of_x.to(g.dtype), (wide - of_x).sum(), (wide * (values.float() - low) - of_x * over).sum()
 
@@ -230,10 +252,14 @@ def _slope_and_range(
 def _slope_and_curvature(
     x: Tensor, g: Tensor, v: Tensor, low: Tensor, step: Tensor, table: Tensor, **constants: Any
 ) -> tuple[Tensor, Tensor]:
-    rate = 1 / step
-    slope, curvature = mean.sums((x.float() - low) * rate, table, **constants)
+    slope, curvature = mean.sums(_steps(x.float() - low, step, constants["law"]), table, **constants)
     wide = v.float()
-    return (wide * slope).to(g.dtype), (wide * g.float() * curvature * rate).to(x.dtype)
+    return (wide * slope).to(g.dtype), (wide * g.float() * curvature * (1 / step)).to(x.dtype)
+
+
+@no_type_check
+def _steps(over: Tensor, step: Tensor, law: str) -> Tensor:
+    return over / step if law == "clip" else over * (1 / step)
 
 
 @no_type_check

@@ -315,29 +315,32 @@ class Quantizer(nn.Module):
         """Return the values in one pass, where there is one."""
         if kind:
             return self._fused_mean(x) if kind == "mean" else None
-        if isinstance(self.law, Deterministic):
-            return self._fused_rounding(x)
-        return self._fused_draw(x)
+        return self._fused_symmetric(x) if self.grid == "symmetric" else self._fused_draw(x)
 
-    def _fused_rounding(self, x: Tensor) -> Tensor | None:
+    def _fused_symmetric(self, x: Tensor) -> Tensor | None:
         """Round straight-through to symmetric grids that are trained, as weights are."""
         chosen = ambient() or self.surrogate
         straight = (chosen.backward or self.surrogate.backward) == "straight-through"
+        nearest = isinstance(self.law, Deterministic)
         channels_first = self.log_step.dim() == 0 or (self.axis == 0 and x.dim() > 1)
-        if not (straight and channels_first and self.learned and self.grid == "symmetric" and kernels.applies(x)):
+        if not (straight and nearest and channels_first and self.learned and kernels.applies(x)):
             return None
         step = self.log_step.exp()
         return kernels.round_symmetric(x, step, top=self.top, factor=self._step_factor(x))
 
     def _fused_draw(self, x: Tensor) -> Tensor | None:
-        """Draw under a law with a smooth mean, over one range."""
-        chosen = ambient() or self.surrogate
-        grid = self._mean_grid(self.law, self.scale(), chosen.width)
-        if grid is None or (chosen.backward or self.surrogate.backward) != "mean":
+        """Draw, or round to nearest, over one range, with the gradient of a smooth mean or straight-through."""
+        scale, name = self.scale(), LAWS.get(type(self.law))
+        nearest = isinstance(self.law, Deterministic)
+        grid = self._gradient_grid()
+        if grid is None or isinstance(scale, Tensor) or not (name or nearest):
             return None
         if not kernels.fits_quantization(x, grid):
             return None
-        return kernels.quantize(x, rng.row_keys(x, self.address), *self._range_tensors(x), grid)
+        if name is None:
+            return kernels.round_nearest(x, *self._range_tensors(x), grid)
+        drawn = kernels.Noise(law=name, scale=scale)
+        return kernels.quantize(x, rng.row_keys(x, self.address), *self._range_tensors(x), drawn, grid)
 
     def _fused_mean(self, x: Tensor) -> Tensor | None:
         """Return the mean of a law with a smooth one, over one range."""
@@ -346,12 +349,26 @@ class Quantizer(nn.Module):
             return None
         return kernels.expect(x, *self._range_tensors(x), grid)
 
-    def _mean_grid(self, law: Law, scale: Tensor | float, width: float = 1.0) -> kernels.MeanCode | None:
+    def _gradient_grid(self) -> kernels.MeanCode | None:
+        """Return what names the mean that `_attach_gradient` takes, or `None` where none is known."""
+        chosen = ambient() or self.surrogate
+        backward = chosen.backward or self.surrogate.backward
+        law, scale = self._shown_law() if backward == "mean" else (self.law, 1.0)
+        if backward == "mean" and isinstance(law, SmoothLaw):
+            return None if isinstance(scale, Tensor) else self._mean_grid(law, scale * chosen.width)
+        gumbel = backward == "gumbel" and self.law.stochastic
+        return None if gumbel or not self._one_range else kernels.MeanCode(law="clip", top=self.top)
+
+    def _mean_grid(self, law: Law, scale: Tensor | float) -> kernels.MeanCode | None:
         """Return what names the mean in one pass, or `None` where none is known: a smooth law over one range."""
         name = SMOOTH.get(type(law))
-        if name is None or isinstance(scale, Tensor) or self.pact or self.grid == "symmetric" or self.log_step.dim():
+        if name is None or isinstance(scale, Tensor) or not self._one_range:
             return None
-        return kernels.MeanCode(law=name, top=self.top, scale=scale, width=width)
+        return kernels.MeanCode(law=name, top=self.top, scale=scale)
+
+    @property
+    def _one_range(self) -> bool:
+        return not (self.pact or self.grid == "symmetric" or self.log_step.dim())
 
     def _range_tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, step = self._range(x)
