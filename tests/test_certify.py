@@ -122,6 +122,7 @@ def test_training_for_bounds_raises_certified_accuracy(trained: dict[str, Ensemb
         assert found["fresh", 12] >= found["all", 12]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("passes", [1, 2])
 def test_an_attacker_who_knows_the_draw_breaks_no_certificate(
     trained: dict[str, Ensemble], digits: ImageSet, passes: int
@@ -149,6 +150,7 @@ def test_an_attacker_who_knows_the_draw_breaks_no_certificate(
         assert not right.all(), "the attack does something"
 
 
+@pytest.mark.long
 def test_every_draw_can_be_certified_where_rounding_is_fine(digits: ImageSet):
     model = train(IntervalBound(epsilon=4 / 255, ramp=0.5, validity="all"), StochasticRounding(), bits=8)
     certify = Certify(epsilons=(1 / 255,), draws=2)

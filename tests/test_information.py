@@ -262,6 +262,7 @@ def test_plug_in_is_the_information_of_the_table_of_counts(correction):
     assert estimate.samples == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("law", ["dependent", "channel", "independent"])
 def test_plug_in_is_unbiased_after_correction_and_knows_its_standard_error(law):
     joint = {

@@ -284,6 +284,7 @@ def train_slowly(folder: str) -> None:
     trainer(members(), toy(), OBJECTIVE, checkpoint=path / "checkpoint", report=report)
 
 
+@pytest.mark.long
 def test_a_killed_process_resumes_to_the_same_bytes(tmp_path: Path, uninterrupted: tuple[dict[str, Tensor], Rows]):
     log = tmp_path / "rows.jsonl"
     process = subprocess.Popen(launch("train_slowly", tmp_path))
