@@ -11,6 +11,8 @@ from bitquorum.zoo.network import ACTIVATIONS, NORMS, check_choice, check_count,
 NORMED = tuple(name for name in NORMS if name != "none")
 """Names of the norm layers that normalize, for networks that do not train without."""
 
+_BLOCK = 16  # channels that a CPU's library handles at once
+
 
 @final
 class PadShortcut(nn.Module):
@@ -86,9 +88,7 @@ class BasicBlock(nn.Module):
         if (inputs, stride) == (outputs, 1):
             self.shortcut: nn.Module = nn.Identity()
         elif project:
-            self.shortcut = nn.Sequential(
-                convolution(inputs, outputs, 1, stride=stride, bias=bias), NORMS[norm](outputs)
-            )
+            self.shortcut = nn.Sequential(*_pointwise(inputs, outputs, stride, bias=bias), NORMS[norm](outputs))
         else:
             self.shortcut = PadShortcut(extra=outputs - inputs, stride=stride)
         self.activation2 = ACTIVATIONS[activation]()
@@ -97,6 +97,18 @@ class BasicBlock(nn.Module):
         """Return the activated sum of the two paths."""
         hidden = self.activation1(self.norm1(self.conv1(x)))
         return self.activation2(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+def _pointwise(inputs: int, outputs: int, stride: int, *, bias: bool = False) -> list[nn.Module]:
+    """Return the layers of a 1x1 convolution.
+
+    Of few channels it takes its pixels first: with AVX2 and channels last, oneDNN's gradient of the weight of a strided
+    1x1 convolution writes past its memory where there are fewer inputs than its block has, and ends the process or
+    returns other numbers (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    if stride == 1 or inputs >= _BLOCK:
+        return [convolution(inputs, outputs, 1, stride=stride, bias=bias)]
+    return [PadShortcut(extra=0, stride=stride), convolution(inputs, outputs, 1, bias=bias)]
 
 
 @final
@@ -135,8 +147,10 @@ class PreActBlock(nn.Module):
         self.norm2 = NORMS[norm](outputs)
         self.activation2 = ACTIVATIONS[activation]()
         self.conv2 = convolution(outputs, outputs, 3)
-        same = (inputs, stride) == (outputs, 1)
-        self.shortcut = None if same else convolution(inputs, outputs, 1, stride=stride)
+        self.shortcut = None
+        if (inputs, stride) != (outputs, 1):
+            taken = _pointwise(inputs, outputs, stride)
+            self.shortcut = taken[0] if len(taken) == 1 else nn.Sequential(*taken)
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the sum of the two paths."""
