@@ -19,7 +19,6 @@ def doctor(data: DataRoot = None) -> None:
     from bitquorum import kernels
     from bitquorum.data import available
     from bitquorum.environment import environment
-    from bitquorum.kernels import bfloat16_pays
 
     facts = environment()
     cpu = facts["cpu"]
@@ -29,7 +28,7 @@ def doctor(data: DataRoot = None) -> None:
         ("CPU", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores usable, {cpu['capability']}"),
         ("threads", str(facts["threads"]["intra_op"])),
         ("AMX", "yes" if cpu["amx_bf16"] else "no"),
-        ("bfloat16 on CPU", "pays" if bfloat16_pays(torch.device("cpu")) else "does not pay; float32 is used"),
+        ("bfloat16 on CPU", "pays" if kernels.bfloat16_pays(torch.device("cpu")) else "does not pay; float32 is used"),
         ("compiled kernels", "yes" if kernels.compiler_available() else "no C++ compiler found; eager is used"),
         ("CUDA", ", ".join(device["name"] for device in facts["cuda"]["devices"]) or "none"),
     ]

@@ -353,9 +353,10 @@ class Quantizer(nn.Module):
         """Return what names the mean that `_attach_gradient` takes, or `None` where none is known."""
         chosen = ambient() or self.surrogate
         backward = chosen.backward or self.surrogate.backward
-        law, scale = self._shown_law() if backward == "mean" else (self.law, 1.0)
-        if backward == "mean" and isinstance(law, SmoothLaw):
-            return None if isinstance(scale, Tensor) else self._mean_grid(law, scale * chosen.width)
+        if backward == "mean":
+            law, scale = self._shown_law()
+            if isinstance(law, SmoothLaw):
+                return self._mean_grid(law, scale * chosen.width)
         gumbel = backward == "gumbel" and self.law.stochastic
         return None if gumbel or not self._one_range else kernels.MeanCode(law="clip", top=self.top)
 
