@@ -50,9 +50,9 @@ def test_the_quick_ladder_brings_exhibits_down_to_their_twins(name: str, batch: 
     assert (report.climb.worst_of(5) < report.climb.worst.value) == (name in RANDOM)
     assert report.climb.clean.value > 0.9
     assert 0.2 < twins[name] < 0.5
-    # Here the worst case has a standard deviation of half a point over seeds, and a CPU's rounding acts as another one:
-    # one seed lies at 39.6 % on one kind of CPU, where twelve have a mean of 38.7.
-    again = [ladder(exhibit.defended, batch, "quick", seed) for seed in (1, 2)] if name == "additive-noise" else []
+    # Under noise the worst case has a standard deviation of half a point over seeds, and a CPU's rounding acts as
+    # another one: one seed of `activation-pruning` lies at 39.6 %, where four have a mean of 39.1.
+    again = [ladder(exhibit.defended, batch, "quick", seed) for seed in (1, 2)] if name in RANDOM else []
     assert mean(one.climb.worst.value for one in (report, *again)) <= twins[name] + GRANTED, str(report)
 
 
