@@ -1,6 +1,9 @@
 """Check every builder of the zoo: known parameter counts, the contract of every network, bad arguments."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import fields
 from typing import Any
@@ -358,6 +361,26 @@ def test_bad_std_fails(bad):
 def test_images_of_other_channels_fail(shape):
     with pytest.raises(InputError, match=r"expected images \[batch, 1, height, width\], got"):
         build(zoo.Linear())(torch.zeros(shape))
+
+
+def test_narrow_residual_networks_train_where_the_library_has_avx2_alone():
+    """With `_pointwise` as one strided convolution this ends by a signal, or never."""
+    code = """
+import torch
+from bitquorum import zoo
+
+for builder in (zoo.ResNet18(width=4), zoo.PreActResNet18(width=8)):
+    network = builder(classes=10, shape=(3, 32, 32)).to(memory_format=torch.channels_last)
+    for batch in (1, 2, 5, 16):
+        images = torch.rand(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        network(images).sum().backward()
+print("done")
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_channels_fall_only_with_a_projection():
