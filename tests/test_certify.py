@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bitquorum import data, rng
 from bitquorum.attacks import PGD
+from bitquorum.bounds import margins
 from bitquorum.certify import Certify, holds, probability_gap
 from bitquorum.conversion import Policy
 from bitquorum.data import ImageSet
@@ -86,9 +87,9 @@ def ensemble(law: Law, bits: int = 4) -> Ensemble:
     return Ensemble.build(networks, [policy, policy])
 
 
-def train(term: IntervalBound | None, law: Law, bits: int = 4) -> Ensemble:
+def train(term: IntervalBound | None, law: Law, bits: int = 4, *, flip: bool = False) -> Ensemble:
     terms = (MemberCrossEntropy(),) if term is None else (MemberCrossEntropy(weight=0.5), term)
-    trainer = Trainer(epochs=5, batch_size=40, lr=0.05, calibration=100)
+    trainer = Trainer(epochs=5, batch_size=40, lr=0.05, calibration=100, augment=data.Augment(flip=flip))
     return trainer(ensemble(law, bits), data.load("digits", "train").take(600), Objective(terms=terms))
 
 
@@ -123,18 +124,21 @@ def test_training_for_bounds_raises_certified_accuracy(trained: dict[str, Ensemb
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("passes", "mirrored"), [(1, False), (2, False), (1, True)])
 def test_an_attacker_who_knows_the_draw_breaks_no_certificate(
-    trained: dict[str, Ensemble], digits: ImageSet, passes: int
+    trained: dict[str, Ensemble], digits: ImageSet, passes: int, *, mirrored: bool
 ):
-    model = trained["certified"].eval().requires_grad_(False)
-    model.passes = passes
+    if mirrored:
+        model = train(IntervalBound(epsilon=16 / 255, ramp=0.5), Logistic(), flip=True).eval().requires_grad_(False)
+    else:
+        model = trained["certified"].eval().requires_grad_(False)
+    model.passes, model.mirrored = passes, mirrored
     batch = digits.batch(torch.arange(len(digits)))
     parts = {(part.statement, part.epsilon): part for part in CERTIFY(model, digits)}
     model.passes = 1
     epsilon = CERTIFY.epsilons[1]
     flags = parts["fresh", epsilon].certified
-    assert flags.float().mean() > 0.2
+    assert flags.float().mean() > (0.1 if mirrored else 0.2)  # digits and their mirror images are harder to learn
     for index in range(CERTIFY.draws):
         seeds = rng.derive_many(rng.derive(CERTIFY.seed, "certify"), passes, "draw", index)
 
@@ -175,6 +179,25 @@ def test_certificates_resume_and_do_not_depend_on_batches(trained: dict[str, Ens
     assert again == first
     other = Certify(**{**CERTIFY.__dict__, "batch_size": 40})(trained["plain"], digits)
     assert all(torch.equal(a.certified, b.certified) for a, b in zip(first, other, strict=True))
+
+
+def test_a_mirrored_ensemble_is_certified_by_both_looks(digits: ImageSet):
+    with rng.torch_seed(0):
+        members = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2)]
+    model, plain = (Ensemble(members, aggregation=MeanLogits(), mirrored=chosen).eval() for chosen in (True, False))
+    images = digits.batch(torch.arange(len(digits))).images
+    said = replace(digits, labels=model.predict(model(images))[0])  # so that every image is right
+    certify = Certify(epsilons=(4 / 255,), statements=("all",))
+    both, one = (certify(each, said)[1].certified[0] for each in (model, plain))
+    looks = [
+        margins(member, look.double(), said.labels, epsilon=4 / 255)
+        for look in (images, images.flip(-1))
+        for member in members
+    ]
+    assert torch.equal(both, holds(model.aggregation, torch.stack(looks)[None], said.labels))
+    assert both.any()
+    assert not both.all()
+    assert not torch.equal(both, one)
 
 
 def test_an_ensemble_without_noise_has_one_draw_and_one_statement(digits: ImageSet):

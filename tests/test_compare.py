@@ -110,3 +110,6 @@ def test_complexity_adds_members_and_passes_and_counts_shared_weights_once():
     assert two.bytes == 2 * one.bytes
     shared = Ensemble.build([network] * 2, [_deterministic(4, 4), _deterministic(2, 2)], shared=True)
     assert complexity(shared, (1, 2, 4)).bytes == one.bytes + 32 * 2 * 3 / 8  # the second member's own ranges
+    mirrored = complexity(Ensemble.build([network], [_deterministic(4, 4)], mirrored=True).eval(), (1, 2, 4))
+    assert (mirrored.macs, mirrored.bit_operations) == (2 * one.macs, 2 * one.bit_operations)
+    assert mirrored.bytes == one.bytes

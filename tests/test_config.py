@@ -124,7 +124,11 @@ def test_every_choice_changes_the_digest():
         ("arms.9.name=x", r"arms: expected an index below 4, got '9'"),
         ("arms.0.shared=yes", r"arms\.0\.shared: expected true or false, got 'yes'"),
         ("trainer.epochs=many", r"trainer\.epochs: expected an integer, got 'many'"),
-        ("trainer.epochs=0", r"trainer: expected epochs, batch_size and log_every of at least 1"),
+        (
+            "trainer.epochs=0",
+            r"expected at least one epoch of training in arm 'vanilla', got 0; without one it needs a",
+        ),
+        ("trainer.epochs=-1", r"trainer: expected batch_size and log_every of at least 1 and epochs and calibration"),
         ("trainer.optimizer=adma", r"trainer\.optimizer: expected one of .*did you mean 'adam"),
         ("kernels=fast", r"kernels: expected one of 'eager', 'compiled', got 'fast'"),
         ("data.train=-1", r"data: expected a number of training images of at least 0, got -1"),

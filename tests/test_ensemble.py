@@ -253,6 +253,50 @@ def test_features_carry_gradients():
         assert gradient.any()
 
 
+# Mirror images
+
+
+@pytest.mark.parametrize("seeds", [1, [1, 2, 3]])
+def test_a_mirrored_ensemble_answers_to_the_mirror_image_as_well(seeds):
+    plain, mirrored = build().eval(), build(mirrored=True).eval()
+    mirrored.load_state_dict(plain.state_dict())
+    x = images()
+    answers = run(mirrored, x, seeds)
+    assert torch.equal(answers[:, :3], run(plain, x, seeds))
+    assert torch.equal(answers[:, 3:], run(plain, x.flip(-1), seeds))
+    assert answers.shape[1] == mirrored.answers == 6
+    outputs = run(mirrored.outputs, x, seeds)
+    assert torch.equal(outputs.logits, answers)
+    for place, of in ((0, x), (3, x.flip(-1))):
+        for member, features in enumerate(run(plain.outputs, of, seeds).features):
+            assert torch.equal(outputs.features[place + member], features)
+
+
+def test_a_mirrored_ensemble_says_the_same_of_an_image_and_its_mirror_image():
+    x = images(60)
+    plain = Ensemble.build([network()], [NOISELESS]).eval()
+    ensemble = Ensemble.build([network()], [NOISELESS], mirrored=True).eval()
+    one, other = (ensemble.aggregation(run(ensemble, look)) for look in (x, x.flip(-1)))
+    torch.testing.assert_close(one, other)
+    assert not torch.allclose(run(plain, x), run(plain, x.flip(-1)))
+    look = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ensemble(look)[0, 1, :, 0].sum(), look)
+    assert gradient.any(), "an attack sees the second look"
+
+
+def test_training_sees_images_as_they_are():
+    ensemble = build(mirrored=True).train()
+    assert run(ensemble, images()).shape[1] == ensemble.answers == 3
+    assert copy.deepcopy(ensemble).eval().answers == 6
+    assert len(run(ensemble.outputs, images()).features) == 3
+
+
+def test_what_is_no_image_has_no_mirror_image():
+    ensemble = Ensemble([nn.Linear(2, 2)], mirrored=True).eval()
+    with pytest.raises(InputError, match=r"expected images \[batch, channels, height, width\] of a mirrored ensemble"):
+        ensemble(torch.zeros(3, 2))
+
+
 def test_the_classifier_is_the_last_linear_layer():
     member = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     assert classifier(member) is member[2]

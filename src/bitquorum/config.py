@@ -57,7 +57,9 @@ class Arm(Method):
         objective: Training loss.
         trainer: In place of the experiment's.
         start: Name of an arm before this one, of the same networks and precisions: this one begins from its trained
-            weights and ranges, on images in another order, in place of new weights and calibrated ranges.
+            weights and ranges, on images in another order, in place of new weights and calibrated ranges. With a
+            trainer of no epochs it keeps them.
+        mirrored: Whether members also see each image mirrored, after the training; see `Ensemble`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Arm(Method):
     objective: Objective = field(default_factory=Objective)
     trainer: Trainer | None = None
     start: str | None = None
+    mirrored: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -83,13 +86,17 @@ class Arm(Method):
 
     @property
     def precision(self) -> str:
-        """The members' precisions in short, such as `w4a4 w3a3 fp`."""
-        return " ".join(policy.label for policy in self.members)
+        """The members' precisions in short, such as `w4a4 w3a3 fp`, and whether they see mirror images too."""
+        return " ".join([*self._labels, *(["mirrored"] if self.mirrored else [])])
 
     def fits(self, other: "Arm") -> bool:
         """Return whether the weights of another arm can be this one's."""
-        mine, others = ((arm.network, arm.precision, arm.shared) for arm in (self, other))
+        mine, others = ((arm.network, arm._labels, arm.shared) for arm in (self, other))
         return mine == others
+
+    @property
+    def _labels(self) -> list[str]:
+        return [policy.label for policy in self.members]
 
 
 @final
@@ -125,6 +132,10 @@ class Experiment(Method):
                 raise InputError(
                     f"expected as start of arm {arm.name!r} an arm before it with its network, precisions and shared "
                     f"weights ({', '.join(fitting) or 'there is none'}), got {arm.start!r}"
+                )
+            if arm.start is None and (arm.trainer or self.trainer).epochs == 0:
+                raise InputError(
+                    f"expected at least one epoch of training in arm {arm.name!r}, got 0; without one it needs a start"
                 )
 
 

@@ -123,10 +123,15 @@ class Ensemble(nn.Module):
     Inside `rng.draw` with T seeds a call returns T draws; outside of it, one fresh draw. Members without noise run once
     and their logits are repeated; in evaluation mode, what an `nn.Sequential` has before its first noise runs once too.
 
+    A mirrored ensemble asks every member twice in evaluation mode, about the image and about its mirror image, under
+    the same draw. The answers to the mirror images count as those of further members, and attacks see through all. It
+    costs twice the inference and no training, where `Augment(flip=True)` shows members both.
+
     Args:
         members: Networks from images in [0, 1] to logits, quantized or float, with separate or shared weights.
         aggregation: How a prediction is made.
         passes: Number of draws that one prediction averages over.
+        mirrored: Whether members also see the image mirrored left to right; for classes that a mirror image keeps.
 
     Raises:
         InputError: if there is no member, or `passes` is below one.
@@ -141,7 +146,12 @@ class Ensemble(nn.Module):
     """
 
     def __init__(
-        self, members: Sequence[nn.Module], *, aggregation: Aggregation | None = None, passes: int = 1
+        self,
+        members: Sequence[nn.Module],
+        *,
+        aggregation: Aggregation | None = None,
+        passes: int = 1,
+        mirrored: bool = False,
     ) -> None:
         super().__init__()
         if not members:
@@ -151,6 +161,7 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.aggregation = aggregation or MeanProbability()
         self.passes = passes
+        self.mirrored = mirrored
         set_addresses(self)
 
     @classmethod
@@ -162,6 +173,7 @@ class Ensemble(nn.Module):
         shared: bool = False,
         aggregation: Aggregation | None = None,
         passes: int = 1,
+        mirrored: bool = False,
     ) -> "Ensemble":
         """Convert one network per policy and make them an ensemble.
 
@@ -172,6 +184,7 @@ class Ensemble(nn.Module):
                 steps and normalization layers stay apart (the patent's variant, US 2024/0062042 A1).
             aggregation: How a prediction is made.
             passes: Number of draws that one prediction averages over.
+            mirrored: Whether members also see the image mirrored left to right.
         """
         members = [
             copy.deepcopy(network) if policy is None else policy(network)
@@ -179,11 +192,31 @@ class Ensemble(nn.Module):
         ]
         if shared:
             share_weights(members)
-        return cls(members, aggregation=aggregation, passes=passes)
+        return cls(members, aggregation=aggregation, passes=passes, mirrored=mirrored)
 
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
-        """Return the logits of every member under every ambient draw."""
-        return torch.stack(self.each([images] * len(self.members)), 1)
+        """Return the logits of every member under every ambient draw, and of a mirrored ensemble those of each look."""
+        looks = self.looks(images)
+        return torch.stack([answer for look in looks for answer in self.each([look] * len(self.members))], 1)
+
+    def looks(self, images: Float[Tensor, "batch *image"]) -> tuple[Float[Tensor, "batch *image"], ...]:
+        """Return the images as every member sees them: as they are, and in a mirrored ensemble's evaluation mirrored.
+
+        Raises:
+            InputError: if those of a mirrored ensemble are no images.
+        """
+        if not self.mirrored or self.training:
+            return (images,)
+        if images.dim() != 4:
+            raise InputError(
+                f"expected images [batch, channels, height, width] of a mirrored ensemble, got {list(images.shape)}"
+            )
+        return images, images.flip(-1)
+
+    @property
+    def answers(self) -> int:
+        """Number of members that `forward` has, in the mode that it is in: one for each look of each member."""
+        return len(self.members) * (1 if self.training or not self.mirrored else 2)
 
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
         """Return the logits of each member on images of its own, under every ambient draw."""
@@ -200,12 +233,15 @@ class Ensemble(nn.Module):
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
-        seen: list[list[Tensor]] = [[] for _ in self.members]
-        with ExitStack() as stack:
-            for member, into in zip(self.members, seen, strict=True):
-                heads = [classifier(network) for network in alternatives(member)]
-                stack.enter_context(_record_inputs(heads, into))
-            answers = self.each([images] * len(self.members))
+        answers: list[Tensor] = []
+        seen: list[list[Tensor]] = []
+        for look in self.looks(images):
+            with ExitStack() as stack:
+                for member in self.members:
+                    seen.append([])
+                    heads = [classifier(network) for network in alternatives(member)]
+                    stack.enter_context(_record_inputs(heads, seen[-1]))
+                answers += self.each([look] * len(self.members))
         draws, rows = len(answers[0]), answers[0].shape[0] * answers[0].shape[1]
         inputs = [into[0] if len(into) == 1 else torch.cat(into) for into in seen]  # one for each pass of a draw
         features = tuple(z if len(z) == rows else z.repeat(draws, *[1] * (z.dim() - 1)) for z in inputs)

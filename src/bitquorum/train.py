@@ -63,7 +63,7 @@ class Trainer(Method):
     """Fit an ensemble to an image set.
 
     Attributes:
-        epochs: Passes over the data.
+        epochs: Passes over the data; none leaves the ensemble as it is, but for its calibration.
         batch_size: Examples per step, over all processes.
         optimizer: `sgd` (Nesterov momentum 0.9), `muon` (`bitquorum.muon.Muon`), `adamw` or `adam`.
         lr: Peak learning rate; with `muon` of the convolutions, and of all else twice this.
@@ -102,10 +102,10 @@ class Trainer(Method):
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise InputError(f"expected {name} among {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
-        if min(self.epochs, self.batch_size, self.log_every) < 1 or self.calibration < 0:
+        if min(self.batch_size, self.log_every) < 1 or min(self.epochs, self.calibration) < 0:
             raise InputError(
-                "expected epochs, batch_size and log_every of at least 1 and calibration of at least 0, got "
-                f"{self.epochs}, {self.batch_size}, {self.log_every} and {self.calibration}"
+                "expected batch_size and log_every of at least 1 and epochs and calibration of at least 0, got "
+                f"{self.batch_size}, {self.log_every}, {self.epochs} and {self.calibration}"
             )
         amounts = self.lr > 0 and self.weight_decay >= 0 and self.clip >= 0
         if not (amounts and 0 <= self.ema < 1 and 0 <= self.warmup < 1):

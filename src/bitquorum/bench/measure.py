@@ -39,7 +39,7 @@ def measure_detector(
         chosen: Images under attack.
         worst: Their worst versions.
     """
-    views = ensemble.stochastic or len(ensemble.members) > 1
+    views = ensemble.stochastic or ensemble.answers > 1
     statistic = PredictionMI() if views else MaxSoftmax()
     detection = Detection(statistics=(statistic,), passes=_PASSES, false_positives=(FALSE_POSITIVES,), aware=None)
     rest = test.select((~torch.isin(test.index, chosen.index)).nonzero()[:, 0])

@@ -176,9 +176,10 @@ class Certify(Method):
                 for seed in seeds if statement == "fresh" else seeds[:1]:
                     with rng.draw(seed, batch.examples[chosen]):
                         views += [
-                            margins(member, images, labels, epsilon=epsilon, bound=self.bound, scope=scope)
+                            margins(member, look, labels, epsilon=epsilon, bound=self.bound, scope=scope)
+                            for look in ensemble.looks(images)
                             for member in ensemble.members
                         ]
-                bounds = torch.stack(views).unflatten(0, (-1, len(ensemble.members)))
+                bounds = torch.stack(views).unflatten(0, (-1, ensemble.answers))
                 standing[chosen] = holds(ensemble.aggregation, bounds, labels)
             yield standing

@@ -37,7 +37,7 @@ class Complexity:
 
 @torch.no_grad()
 def complexity(ensemble: Ensemble, shape: tuple[int, ...]) -> Complexity:
-    """Return the cost of one prediction of an ensemble for an image of a shape.
+    """Return the cost of one prediction of an ensemble, in the mode that it is in, for an image of a shape.
 
     A network that draws its precision costs the mean over draws. The input of a layer has the bits of the activation
     that ran last before it; norm layers, activations and the noise itself are not counted.

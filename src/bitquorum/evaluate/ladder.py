@@ -535,4 +535,4 @@ def _as_queries(attack: Attack) -> dict[str, Any]:
 
 
 def _members(model: Model) -> int:
-    return len(model.members) if isinstance(model, Ensemble) else 1
+    return model.answers if isinstance(model, Ensemble) else 1

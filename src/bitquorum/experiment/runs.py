@@ -242,7 +242,14 @@ def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
                     std=std or (1.0,) * channels,
                 )
             )
-    return Ensemble.build(networks, arm.members, shared=arm.shared, aggregation=arm.aggregation, passes=arm.passes)
+    return Ensemble.build(
+        networks,
+        arm.members,
+        shared=arm.shared,
+        aggregation=arm.aggregation,
+        passes=arm.passes,
+        mirrored=bool(arm.mirrored),
+    )
 
 
 def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored: Run) -> Ensemble:
