@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, FGSM, PGD, SPSA, APGDTargeted, Attack, Kind, RandomNoise, Square
+from bitquorum.attacks import APGD, ARC, FGSM, PGD, SPSA, APGDTargeted, Attack, Kind, RandomNoise, Square
 from bitquorum.conversion import Policy, calibrate
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena, Climb, Examples, Ladder, SequentialTest, interval, ladder_named
@@ -256,6 +256,17 @@ def test_the_passes_that_are_stated_are_those_that_are_taken():
     for step in climb.steps:
         taken = taken + step.cost
     assert plan.passes(model) == taken
+
+
+def test_the_passes_on_a_mirrored_ensemble_are_those_of_twice_its_members():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    model = Ensemble([network], mirrored=True).eval().requires_grad_(False)
+    examples = examples_of(20)
+    examples = replace(examples, images=examples.images.view(20, 1, 3, 4))
+    plan = ladder(PGD(steps=4, pooling="least-member-loss"), ARC(steps=3))
+    climb = plan(model, examples, epsilon=0.1)
+    assert sum((step.cost for step in climb.steps), Cost()) == plan.passes(model)
+    assert [step.rung for step in climb.steps][2:] == ["PGD-4 least-member-loss", "ARC-3"]
 
 
 def test_what_cannot_differ_on_a_model_is_left_out():

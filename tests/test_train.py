@@ -518,7 +518,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, bad: float
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "at least 1"),
+        ({"epochs": -1}, "epochs and calibration of at least 0"),
         ({"batch_size": 0}, "at least 1"),
         ({"log_every": 0}, "at least 1"),
         ({"calibration": -1}, "calibration"),
