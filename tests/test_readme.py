@@ -38,8 +38,8 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RESULTS = re.compile(
-    r"<!-- (results|differences|ladder|climb-seconds|rungs|certified|museum|peers|seconds|plane|detectors|rejections|"
-    r"bench|costs|times): (\S+) -->\n"
+    r"<!-- (results|differences|ladder|ladder-differences|climb-seconds|rungs|certified|museum|peers|seconds|plane|"
+    r"detectors|rejections|bench|costs|times): (\S+) -->\n"
     r"(.*?)<!-- end -->",
     re.S,
 )
@@ -47,6 +47,7 @@ STORED = {
     "results": ("evaluations/*/metrics.jsonl", comparison),
     "differences": ("evaluations/*/differences.jsonl", difference_table),
     "ladder": ("ladders/*/metrics.jsonl", bracket),
+    "ladder-differences": ("ladders/*/differences.jsonl", difference_table),
     "climb-seconds": ("ladders/*/**/*.jsonl", ladder_seconds),
     "rungs": ("ladders/*/*/unfinished.jsonl", lambda rows: rungs(rows, rows[0]["arm"], rows[0]["epsilon"])),
     "certified": ("certificates/*/metrics.jsonl", certificate_table),
