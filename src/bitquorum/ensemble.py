@@ -205,7 +205,7 @@ class Ensemble(nn.Module):
         Raises:
             InputError: if those of a mirrored ensemble are no images.
         """
-        if not self.mirrored or self.training:
+        if not self._mirrors:
             return (images,)
         if images.dim() != 4:
             raise InputError(
@@ -216,7 +216,11 @@ class Ensemble(nn.Module):
     @property
     def answers(self) -> int:
         """Number of members that `forward` has, in the mode that it is in: one for each look of each member."""
-        return len(self.members) * (1 if self.training or not self.mirrored else 2)
+        return len(self.members) * (2 if self._mirrors else 1)
+
+    @property
+    def _mirrors(self) -> bool:
+        return self.mirrored and not self.training
 
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
         """Return the logits of each member on images of its own, under every ambient draw."""
