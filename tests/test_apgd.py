@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, PGD
+from bitquorum.attacks import APGD, FAB, PGD, APGDTargeted
 from bitquorum.attacks.apgd import checkpoints_of
 from bitquorum.attacks.base import Problem
 from bitquorum.conversion import Policy, convert
@@ -139,3 +139,44 @@ def test_returns_the_point_of_the_largest_margin_whatever_loss_it_climbs():
         found = APGD(steps=15, loss=loss)(Watched(), images, labels, epsilon=0.1).images
         margins = torch.stack([problem.loss(x, problem.goal, seeds=[0]) for x in met])
         assert torch.allclose(problem.loss(found, problem.goal, seeds=[0]), margins.amax(0))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [APGDTargeted(steps=5, eot=3, targets=4, restarts=2), FAB(steps=4, eot=2, targets=4), APGDTargeted(steps=6)],
+    ids=lambda attack: attack.label,
+)
+def test_targets_in_one_batch_change_rounding_alone(attack: APGDTargeted | FAB):
+    """As many versions of each image as fit are asked in one pass, and each takes as many passes as before."""
+    with rng.torch_seed(4):
+        network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6))
+        images, labels = 0.2 + 0.6 * torch.rand(7, 16), torch.arange(7) % 6
+    policy = Policy(weight_bits=4, activation_bits=3)
+    model = Ensemble.build([network, network], [policy, policy]).eval().requires_grad_(False)
+    asked: list[int] = []
+    model.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
+    found, calls, cost = {}, {}, {}
+    for at_once in (0, 20, 100):
+        asked.clear()
+        result = attack(model, images, labels, epsilon=0.1, examples=torch.arange(7) + 3, seed=5, at_once=at_once)
+        found[at_once], cost[at_once], calls[at_once] = result.images, result.cost, len(asked)
+        assert max(asked) <= max(at_once, len(images))
+    assert torch.allclose(found[0], found[20], atol=1e-4)
+    assert torch.allclose(found[0], found[100], atol=1e-4)
+    assert cost[0] == cost[20] == cost[100]
+    assert calls[100] < calls[20] < calls[0]
+
+
+def test_a_criterion_of_the_caller_is_climbed_from_other_starts_image_by_image():
+    model, starts = linear_model(classes=4), []
+    images, labels = torch.rand(3, 12), torch.tensor([0, 1, 2])
+
+    def criterion(logits: torch.Tensor) -> torch.Tensor:
+        assert logits.shape[2] == 3
+        starts.append(logits.detach())
+        return -logits[0, 0].square().sum(-1)
+
+    APGDTargeted(steps=1, targets=3)(model, images, labels, epsilon=0.1, criterion=criterion, at_once=100)
+    first, second, third = (starts[call] for call in (0, 2, 6))  # two calls a climb, two that compare the first two ends
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)

@@ -172,6 +172,48 @@ def test_attacks_in_half_precision_leave_images_and_judgment_in_single():
     assert half.clean == whole.clean
 
 
+class Rounded(nn.Module):
+    """Err by the precision that the model is asked in."""
+
+    passes = 1
+
+    def __init__(self, *, half: bool, single: bool, stochastic: bool) -> None:
+        super().__init__()
+        self.half, self.single, self.stochastic = half, single, stochastic
+
+    def forward(self, images: Tensor) -> Tensor:
+        ambient, low = rng.current(), torch.is_autocast_enabled("cpu")
+        assert ambient is not None
+        wrong = torch.full((len(ambient.seeds), 1, len(images)), self.half if low else self.single)
+        logits = torch.stack([~wrong, wrong], -1).float() + 0 * images.sum()
+        return logits.bfloat16() if low else logits
+
+    def predict(self, logits: Tensor) -> Tensor:
+        assert logits.dtype == torch.float32
+        return logits[:, 0].argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("half", "single", "stochastic", "broken"),
+    [
+        (True, False, True, False),
+        (False, True, True, False),
+        (True, True, True, True),
+        (True, False, False, False),
+        (False, True, False, True),
+    ],
+)
+def test_no_image_is_given_up_for_a_rounding(half: bool, single: bool, stochastic: bool, broken: bool):
+    """A model that errs in half precision alone stands; one that errs in single alone is attacked on, and judged so."""
+    count = 20
+    examples = Examples(images=torch.full((count, 4), 0.5), labels=torch.zeros(count).long(), index=torch.arange(count))
+    model = Rounded(half=half, single=single, stochastic=stochastic)
+    plan = ladder(Idle(), precision="bfloat16", survivors=SequentialTest())
+    climb = plan(model, examples, epsilon=0.1)
+    assert bool((climb.standing == (not broken)).all())
+    assert climb.worst.value == 1 - single
+
+
 @pytest.mark.parametrize(("pays", "precision"), [(True, "bfloat16"), (False, None)])
 def test_automatic_precision_is_the_one_that_pays(
     monkeypatch: pytest.MonkeyPatch, pays: bool, precision: Literal["bfloat16"] | None

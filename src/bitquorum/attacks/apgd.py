@@ -117,7 +117,8 @@ class APGDTargeted(_AdaptiveSteps):
     wrong classes of the largest mean probability on the clean image over `selection` draws. Reference: Croce and Hein,
     2020, https://arxiv.org/abs/2003.01690, eq. 7. Deviations: ends of all targets are compared by their margin on
     `selection` fresh draws; with less than four classes the order statistics that are missing are left out of the
-    denominator; other losses stand beside the paper's; a caller's `criterion` is climbed as it is, once a target.
+    denominator; targets share their start and their draws; other losses stand beside the paper's; a caller's
+    `criterion` is climbed as it is, once a target, from other starts.
 
     Attributes:
         steps: Number of steps of each restart.
@@ -145,13 +146,15 @@ class APGDTargeted(_AdaptiveSteps):
         return problem.best(self._ends(problem), problem.goal, draws=self.selection)
 
     def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
-        ranked = wrong_classes(problem, draws=self.selection)
-        for rank, targets in enumerate(ranked[: self.targets or None]):
-            criterion = problem.criterion or partial(
-                targeted_loss, labels=problem.labels, targets=targets, loss=self.loss, pooling=self.pooling
-            )
-            for index in range(self.restarts):
-                yield self._climb(problem.child("target", rank, "restart", index), criterion)
+        ranked = wrong_classes(problem, draws=self.selection)[: self.targets or None]
+        for index in range(self.restarts):
+            yield from problem.child("restart", index).towards(ranked, self._towards)
+
+    def _towards(self, problem: Problem, targets: Int[Tensor, "batch"]) -> Float[Tensor, "batch *image"]:
+        criterion = problem.criterion or partial(
+            targeted_loss, labels=problem.labels, targets=targets, loss=self.loss, pooling=self.pooling
+        )
+        return self._climb(problem, criterion)
 
 
 def wrong_classes(problem: Problem, *, draws: int) -> Int[Tensor, "rank batch"]:

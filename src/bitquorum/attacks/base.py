@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal, get_args
@@ -56,6 +56,7 @@ class Problem:
         norm: `linf` or `l2`.
         criterion: The caller's loss in place of the attack's own.
         sources: Other models that the attacker holds, by name.
+        at_once: Number of images that may be asked in one pass, where an attack has several versions of each.
         meter: Counts passes of `model`; passes of `sources` count alike.
     """
 
@@ -68,11 +69,34 @@ class Problem:
     norm: Norm = "linf"
     criterion: Criterion | None = None
     sources: Mapping[str, Model] = field(default_factory=dict)
+    at_once: int = 0
     meter: Meter = field(default_factory=Meter)
 
     def child(self, *path: int | str) -> "Problem":
         """Return the same problem with a seed of its own, for a restart or a stage; passes count together."""
         return replace(self, seed=rng.derive(self.seed, *path))
+
+    def towards(
+        self, ranked: Int[Tensor, "rank batch"], solve: Callable[["Problem", Int[Tensor, "rows"]], Tensor]
+    ) -> Iterator[Float[Tensor, "batch *image"]]:
+        """Yield what `solve` finds for each row of target classes, as many rows in one batch as `at_once` allows.
+
+        The rows share their draws, so that it does not matter how many are solved together. A caller's criterion knows
+        no target and each image once: each row then has draws of its own, and a batch of its own.
+        """
+        together = 1 if self.criterion else max(1, self.at_once // max(1, len(self.images)))
+        for number, targets in enumerate(ranked.split(together)):
+            count, meter = len(targets), Meter()
+            several = replace(
+                self.child("target", number) if self.criterion else self,
+                images=_repeat(self.images, count),
+                labels=_repeat(self.labels, count),
+                examples=_repeat(self.examples, count),
+                meter=meter,
+            )
+            found = solve(several, targets.flatten())
+            self.meter.add(forward=count * meter.cost.forward, backward=count * meter.cost.backward)
+            yield from found.unflatten(0, (count, -1))
 
     def seeds(self, count: int, *path: int | str) -> list[int]:
         """Return seeds of `count` draws; the first n do not depend on `count`."""
@@ -163,6 +187,10 @@ class Problem:
         return found
 
 
+def _repeat(x: Tensor, count: int) -> Tensor:
+    return x if count == 1 else x.repeat(count, *[1] * (x.dim() - 1))
+
+
 class Witness:
     """Climb one loss, and note how near the same passes come to the goal: being wrong, whatever the class.
 
@@ -210,6 +238,7 @@ class Attack(Method, ABC):
         norm: Norm = "linf",
         criterion: Criterion | None = None,
         sources: Mapping[str, Model] | None = None,
+        at_once: int = 0,
     ) -> AttackResult:
         """Attack a batch.
 
@@ -224,6 +253,9 @@ class Attack(Method, ABC):
             criterion: Loss per example `[batch]` of logits `[draw, member, batch, classes]`, to be raised, in place
                 of the attack's own.
             sources: Other models that the attacker holds, for attacks that name one.
+            at_once: Number of images that one pass may ask, for attacks that have several versions of each, such as
+                one for every target: it changes the time, and results by rounding alone. A smaller number than the
+                batch asks about one version of each.
 
         Raises:
             InputError: for images outside [0, 1] or not finite, labels of the wrong shape, a negative epsilon, a norm
@@ -246,6 +278,7 @@ class Attack(Method, ABC):
             norm=norm,
             criterion=criterion,
             sources={} if sources is None else sources,
+            at_once=at_once,
         )
         return AttackResult(images=self._run(problem), cost=problem.meter.cost)
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitquorum.attacks.apgd import wrong_classes
@@ -75,12 +75,14 @@ class FAB(GradientAttack):
         return problem.best(self._ends(problem), problem.goal, draws=self.selection)
 
     def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
-        ranked = wrong_classes(problem, draws=self.selection)
-        for rank, targets in enumerate(ranked[: self.targets or None]):
-            boundary = problem.criterion or partial(
-                targeted_loss, labels=problem.labels, targets=targets, loss="margin", pooling=self.pooling
-            )
-            yield problem.project(self.nearest(problem.child("target", rank), boundary))
+        ranked = wrong_classes(problem, draws=self.selection)[: self.targets or None]
+        return problem.child("targets").towards(ranked, self._towards)
+
+    def _towards(self, problem: Problem, targets: Int[Tensor, "batch"]) -> Float[Tensor, "batch *image"]:
+        boundary = problem.criterion or partial(
+            targeted_loss, labels=problem.labels, targets=targets, loss="margin", pooling=self.pooling
+        )
+        return problem.project(self.nearest(problem, boundary))
 
     def nearest(self, problem: Problem, boundary: Criterion) -> Float[Tensor, "batch *image"]:
         """Return the nearest point found that the model errs on, into whatever class; the last one where none was."""

@@ -76,6 +76,7 @@ class Transfer(Attack):
             norm=problem.norm,
             criterion=problem.criterion,
             sources=problem.sources,
+            at_once=problem.at_once,
         )
         problem.meter.add(forward=result.cost.forward, backward=result.cost.backward)
         return result.images

@@ -24,7 +24,7 @@ from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
 from bitquorum.evaluate.sequential import SequentialTest, Tally
 from bitquorum.geometry import Norm, norm_of
 from bitquorum.interface import Cost, InputError, Method, Model
-from bitquorum.kernels import bfloat16_pays
+from bitquorum.kernels import bfloat16_pays, wide
 from bitquorum.layers import Noise
 from bitquorum.quantizers import Quantizer, Surrogate
 from bitquorum.quantizers.twin import Twin
@@ -132,9 +132,10 @@ class Ladder(Method):
         everywhere: Whether every rung meets every image.
         tries: Number of tries of the attacker in the worst-of accuracy.
         check_images: Number of images for the self-checks; 0 leaves them out.
-        precision: `bfloat16` autocasts the attacks, which may then move otherwise; `None` leaves them as they are, and
-            `auto` is `bfloat16` on devices where it pays (see `kernels.bfloat16_pays`), `None` on others. Selection and
-            judgment are never autocast, and every perturbation is kept in float32.
+        precision: `bfloat16` autocasts the attacks, which may then move otherwise, and the choice among the versions of
+            an image under noise; `None` leaves them as they are, and `auto` is `bfloat16` on devices where it pays (see
+            `kernels.bfloat16_pays`), `None` on others. Judgment is never autocast, nor what gives an image up as
+            broken, and every perturbation is kept in float32.
         seed: Of the choice of images, of attacks and of draws.
     """
 
@@ -342,7 +343,7 @@ class Arena:
         found, cost = self.examples.images[met], Cost()
         parts = met.split(self.ladder.batch_size) if len(met) else ()
         for number, rows in enumerate(parts, start=1):
-            with self._autocast():
+            with self._autocast(low=True):
                 result = attack(
                     self.shown,
                     self.examples.images[rows],
@@ -352,6 +353,7 @@ class Arena:
                     seed=seed,
                     norm=self.ladder.norm,
                     sources=self.sources,
+                    at_once=self.ladder.batch_size,
                 )
             first = (number - 1) * self.ladder.batch_size
             found[first : first + len(rows)], cost = result.images, result.cost
@@ -359,13 +361,30 @@ class Arena:
                 on_batch(attack.label, number, len(parts))
         return found, cost
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        device = self.examples.images.device
-        low = self.ladder.on(device).precision == "bfloat16"
-        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+    @property
+    def _low(self) -> bool:
+        return self.ladder.on(self.examples.images.device).precision == "bfloat16"
+
+    def _autocast(self, *, low: bool) -> AbstractContextManager[object]:
+        kind = self.examples.images.device.type
+        return torch.autocast(kind, torch.bfloat16) if low and self._low else nullcontext()
 
     def score(self, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"]) -> Tally:
-        """Test on selection draws which of the versions stand."""
+        """Test on selection draws which of the versions stand.
+
+        Under noise this is done in the precision of the attacks, and again in float32 for a version that falls there:
+        no image is given up for a rounding. Without noise a rounding could hide a version just beyond the boundary from
+        the only draw there is, which is in float32 therefore.
+        """
+        low = self._low and is_noisy(self.model)
+        tally = self._score(found, met, low=low)
+        fallen = tally.broken.nonzero()[:, 0] if low else ()
+        if len(fallen):
+            again = self._score(found[fallen], met[fallen], low=False)
+            tally.right[fallen], tally.draws[fallen], tally.broken[fallen] = again.right, again.draws, again.broken
+        return tally
+
+    def _score(self, found: Float[Tensor, "met *image"], met: Int[Tensor, "met"], *, low: bool) -> Tally:
         noisy = is_noisy(self.model)
         test = self.ladder.survivors if noisy else None
         parts = []
@@ -373,7 +392,7 @@ class Arena:
             rows = slice(first, first + self.ladder.batch_size)
 
             def predict(chosen: Tensor, start: int, count: int, rows: slice = rows) -> Tensor:
-                return self.right(found[rows][chosen], met[rows][chosen], "selection", start, count)
+                return self.right(found[rows][chosen], met[rows][chosen], "selection", start, count, low=low)
 
             size = len(met[rows])
             if test is not None:
@@ -424,7 +443,7 @@ class Arena:
         first = count = self.ladder.survivors.most
         block = self._draws_at_once(len(rows))
         parts = [
-            self.right(version, rows, "selection", start, min(block, first + count - start))
+            self.right(version, rows, "selection", start, min(block, first + count - start), low=True)
             for start in range(first, first + count, block)
         ]
         return torch.cat(parts).float().mean(0)
@@ -446,13 +465,20 @@ class Arena:
         return max(1, 10 * self.ladder.batch_size // images)
 
     def right(
-        self, found: Float[Tensor, "chosen *image"], rows: Int[Tensor, "chosen"], purpose: str, first: int, count: int
+        self,
+        found: Float[Tensor, "chosen *image"],
+        rows: Int[Tensor, "chosen"],
+        purpose: str,
+        first: int,
+        count: int,
+        *,
+        low: bool = False,
     ) -> Bool[Tensor, "draws chosen"]:
-        """Return whether each of some predictions of some versions is right."""
+        """Return whether each of some predictions of some versions is right; `low`: in the precision of the attacks."""
         passes, seed = self.model.passes, rng.derive(self.ladder.seed, purpose)
         seeds = [rng.derive(seed, "draw", first + draw, part) for draw in range(count) for part in range(passes)]
-        with rng.draw(seeds, self.examples.index[rows]):
-            return self.model.predict(self.model(found)) == self.examples.labels[rows]
+        with rng.draw(seeds, self.examples.index[rows]), self._autocast(low=low):
+            return self.model.predict(wide(self.model(found))) == self.examples.labels[rows]
 
 
 def is_noisy(model: Model) -> bool:
