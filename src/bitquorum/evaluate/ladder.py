@@ -501,7 +501,7 @@ def _price(attack: Attack, norm: Norm, members: int) -> Cost:
         def __missing__(self, key: str) -> Model:
             return model
 
-    return attack(model, image, label, epsilon=0.1, norm=norm, sources=Anything()).cost
+    return attack(model, image, label, epsilon=0.1, norm=norm, sources=Anything(), at_once=100).cost
 
 
 def is_quantized(model: Model) -> bool:
