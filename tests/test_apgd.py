@@ -177,6 +177,6 @@ def test_a_criterion_of_the_caller_is_climbed_from_other_starts_image_by_image()
         return -logits[0, 0].square().sum(-1)
 
     APGDTargeted(steps=1, targets=3)(model, images, labels, epsilon=0.1, criterion=criterion, at_once=100)
-    first, second, third = (starts[call] for call in (0, 2, 6))  # two calls a climb, two that compare the first two ends
+    first, second, third = (starts[call] for call in (0, 2, 6))  # two calls a climb, and two to compare the first ends
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, FAB, APGDTargeted, Attack, Kind, RandomNoise, Square
+from bitquorum.attacks import APGD, FAB, FGSM, APGDTargeted, Attack, Kind, RandomNoise, Square
 from bitquorum.attacks.blackbox import EstimatedGradient
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
@@ -265,6 +265,15 @@ class Arena:
     examples: Examples
     ladder: Ladder
     sources: Mapping[str, Model]
+
+    def warm(self) -> None:
+        """Pass two images once as attack, selection and judgment do, so that no rung's time is that of a compiler."""
+        rows = torch.arange(min(2, len(self.examples.images)), device=self.examples.images.device)
+        images, labels = self.examples.images[rows], self.examples.labels[rows]
+        for low in (True, False):
+            with self._autocast(low=low):
+                FGSM()(self.shown, images, labels, epsilon=1 / 255)
+            self.right(images, rows, "warm", 0, 1, low=low)
 
     def start(self, epsilon: float) -> Climb:
         """Judge the clean images."""
