@@ -75,9 +75,10 @@ def check_attack(
 
     It comes back from pickle, a copy and its table as itself. On float32 and float64 images: what it returns has the
     shape and type of the images, is finite, in [0, 1] and within `epsilon` (to rounding); equal calls give equal
-    results, and so do the two halves of the batch; images, model and torch's generator are left as they were. Its cost
-    is the largest number of passes that one image took. It calls the model inside a draw that names the examples,
-    climbs the caller's criterion, costs nothing at a radius of zero, and refuses bad images and labels.
+    results, and so do the two halves of the batch, and several versions of an image in one pass (`at_once`); images,
+    model and torch's generator are left as they were. Its cost is the largest number of passes that one image took. It
+    calls the model inside a draw that names the examples, climbs the caller's criterion, costs nothing at a radius of
+    zero, and refuses bad images and labels.
 
     Args:
         attack: The attack.
@@ -351,6 +352,11 @@ def _check_attack_on(
     halves = torch.cat([run(slice(half)).images, run(slice(half, None)).images])
     gap = float((halves - result.images).abs().max())
     _expect(gap < 1e-4, f"images that do not depend on the batch, got a difference of {gap:.2g} by halves")
+    room = 3 * len(images)
+    wide = attack(model, images, labels, epsilon=epsilon, examples=examples, seed=seed, at_once=room)
+    gap = float((wide.images - result.images).abs().max())
+    _expect(gap < 1e-4, f"images that do not depend on `at_once`, got a difference of {gap:.2g}")
+    _expect(wide.cost == spent, f"a cost that does not depend on `at_once`, {spent}, got {wide.cost}")
     seen: list[int] = []
     run(slice(None), lambda logits: seen.append(1) or logits.mean((0, 1)).logsumexp(-1))
     _expect(bool(seen) or spent == Cost(), "an attack that climbs the caller's criterion, got one that ignores it")

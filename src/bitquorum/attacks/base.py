@@ -96,7 +96,7 @@ class Problem:
             )
             found = solve(several, targets.flatten())
             self.meter.add(forward=count * meter.cost.forward, backward=count * meter.cost.backward)
-            yield from found.unflatten(0, (count, -1))
+            yield from found.unflatten(0, (count, len(self.images)))
 
     def seeds(self, count: int, *path: int | str) -> list[int]:
         """Return seeds of `count` draws; the first n do not depend on `count`."""
