@@ -167,6 +167,7 @@ def test_the_command_takes_decimal_radii_and_names_what_is_none(run: Run):
         CliRunner().invoke(cli.app, [*arguments, "--epsilon", "wide"], catch_exceptions=False)
 
 
+@pytest.mark.usefixtures("rows")
 def test_a_cut_config_of_a_certification_is_named(run: Run, tmp_path: Path):
     copy = Run(path=tmp_path / "copy")
     shutil.copytree(run.path, copy.path)
