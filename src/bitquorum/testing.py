@@ -332,9 +332,9 @@ def _check_attack_on(
     examples = torch.arange(len(images)) + 100
     before = images.clone(), torch.get_rng_state(), copy.deepcopy(model.inner.state_dict())
 
-    def run(part: slice, criterion: Criterion | None = None) -> AttackResult:
+    def run(part: slice, criterion: Criterion | None = None, at_once: int = 0) -> AttackResult:
         x, y, index = images[part], labels[part], examples[part]
-        return attack(model, x, y, epsilon=epsilon, examples=index, seed=seed, criterion=criterion)
+        return attack(model, x, y, epsilon=epsilon, examples=index, seed=seed, criterion=criterion, at_once=at_once)
 
     result = run(slice(None))
     _check_images(result.images, images, epsilon)
@@ -352,11 +352,10 @@ def _check_attack_on(
     halves = torch.cat([run(slice(half)).images, run(slice(half, None)).images])
     gap = float((halves - result.images).abs().max())
     _expect(gap < 1e-4, f"images that do not depend on the batch, got a difference of {gap:.2g} by halves")
-    room = 3 * len(images)
-    wide = attack(model, images, labels, epsilon=epsilon, examples=examples, seed=seed, at_once=room)
-    gap = float((wide.images - result.images).abs().max())
+    together = run(slice(None), at_once=3 * len(images))
+    gap = float((together.images - result.images).abs().max())
     _expect(gap < 1e-4, f"images that do not depend on `at_once`, got a difference of {gap:.2g}")
-    _expect(wide.cost == spent, f"a cost that does not depend on `at_once`, {spent}, got {wide.cost}")
+    _expect(together.cost == spent, f"a cost that does not depend on `at_once`, {spent}, got {together.cost}")
     seen: list[int] = []
     run(slice(None), lambda logits: seen.append(1) or logits.mean((0, 1)).logsumexp(-1))
     _expect(bool(seen) or spent == Cost(), "an attack that climbs the caller's criterion, got one that ignores it")

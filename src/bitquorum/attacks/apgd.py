@@ -3,14 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitquorum.attacks.base import Criterion, Loss, Problem, Witness, targeted_loss
+from bitquorum.attacks.base import Criterion, Loss, Problem, Witness
 from bitquorum.attacks.gradient import GradientAttack
 from bitquorum.geometry import per_example
 from bitquorum.interface import InputError
@@ -148,13 +147,8 @@ class APGDTargeted(_AdaptiveSteps):
     def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
         ranked = wrong_classes(problem, draws=self.selection)[: self.targets or None]
         for index in range(self.restarts):
-            yield from problem.child("restart", index).towards(ranked, self._towards)
-
-    def _towards(self, problem: Problem, targets: Int[Tensor, "batch"]) -> Float[Tensor, "batch *image"]:
-        criterion = problem.criterion or partial(
-            targeted_loss, labels=problem.labels, targets=targets, loss=self.loss, pooling=self.pooling
-        )
-        return self._climb(problem, criterion)
+            restart = problem.child("restart", index)
+            yield from restart.towards(ranked, self._climb, loss=self.loss, pooling=self.pooling)
 
 
 def wrong_classes(problem: Problem, *, draws: int) -> Int[Tensor, "rank batch"]:

@@ -77,24 +77,33 @@ class Problem:
         return replace(self, seed=rng.derive(self.seed, *path))
 
     def towards(
-        self, ranked: Int[Tensor, "rank batch"], solve: Callable[["Problem", Int[Tensor, "rows"]], Tensor]
+        self,
+        ranked: Int[Tensor, "rank batch"],
+        search: Callable[["Problem", Criterion], Tensor],
+        *,
+        loss: Loss,
+        pooling: Pooling,
     ) -> Iterator[Float[Tensor, "batch *image"]]:
-        """Yield what `solve` finds for each row of target classes, as many rows in one batch as `at_once` allows.
+        """Yield what `search` finds for each row of target classes, as many rows in one batch as `at_once` allows.
 
-        The rows share their draws, so that it does not matter how many are solved together. A caller's criterion knows
-        no target and each image once: each row then has draws of its own, and a batch of its own.
+        It climbs `targeted_loss`. The rows share their draws, so that it does not matter how many are solved together.
+        A caller's criterion knows no target and each image once: each row then has draws of its own, and a batch of
+        its own.
         """
         together = 1 if self.criterion else max(1, self.at_once // max(1, len(self.images)))
         for number, targets in enumerate(ranked.split(together)):
             count, meter = len(targets), Meter()
             several = replace(
                 self.child("target", number) if self.criterion else self,
-                images=_repeat(self.images, count),
-                labels=_repeat(self.labels, count),
-                examples=_repeat(self.examples, count),
+                images=torch.cat([self.images] * count),
+                labels=torch.cat([self.labels] * count),
+                examples=torch.cat([self.examples] * count),
                 meter=meter,
             )
-            found = solve(several, targets.flatten())
+            criterion = self.criterion or partial(
+                targeted_loss, labels=several.labels, targets=targets.flatten(), loss=loss, pooling=pooling
+            )
+            found = search(several, criterion)
             self.meter.add(forward=count * meter.cost.forward, backward=count * meter.cost.backward)
             yield from found.unflatten(0, (count, len(self.images)))
 
@@ -185,10 +194,6 @@ class Problem:
         if found is None:
             raise InputError("expected at least one candidate, got none")
         return found
-
-
-def _repeat(x: Tensor, count: int) -> Tensor:
-    return x if count == 1 else x.repeat(count, *[1] * (x.dim() - 1))
 
 
 class Witness:

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.attacks.apgd import wrong_classes
-from bitquorum.attacks.base import Criterion, Loss, Problem, Witness, targeted_loss
+from bitquorum.attacks.base import Criterion, Loss, Problem, Witness
 from bitquorum.attacks.gradient import GradientAttack
 from bitquorum.geometry import Norm, norm_of, per_example
 from bitquorum.interface import InputError
@@ -76,13 +75,8 @@ class FAB(GradientAttack):
 
     def _ends(self, problem: Problem) -> Iterator[Float[Tensor, "batch *image"]]:
         ranked = wrong_classes(problem, draws=self.selection)[: self.targets or None]
-        return problem.child("targets").towards(ranked, self._towards)
-
-    def _towards(self, problem: Problem, targets: Int[Tensor, "batch"]) -> Float[Tensor, "batch *image"]:
-        boundary = problem.criterion or partial(
-            targeted_loss, labels=problem.labels, targets=targets, loss="margin", pooling=self.pooling
-        )
-        return problem.project(self.nearest(problem, boundary))
+        found = problem.child("targets").towards(ranked, self.nearest, loss="margin", pooling=self.pooling)
+        return map(problem.project, found)
 
     def nearest(self, problem: Problem, boundary: Criterion) -> Float[Tensor, "batch *image"]:
         """Return the nearest point found that the model errs on, into whatever class; the last one where none was."""

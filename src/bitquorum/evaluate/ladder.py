@@ -266,6 +266,7 @@ class Arena:
     ladder: Ladder
     sources: Mapping[str, Model]
 
+    @torch.no_grad()
     def warm(self) -> None:
         """Pass two images once as attack, selection and judgment do, so that no rung's time is that of a compiler."""
         rows = torch.arange(min(2, len(self.examples.images)), device=self.examples.images.device)

@@ -143,8 +143,7 @@ def climb_arm(
     """
     found: list[Verdict] = []
     rows: list[dict[str, Any]] = []
-    with torch.no_grad():
-        Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={}).warm()
+    Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={}).warm()
     for epsilon in ladder.epsilons:
         path = folder / f"climb@{epsilon:.6f}.safetensors"
         started = time.monotonic()
