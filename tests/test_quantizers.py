@@ -528,6 +528,21 @@ def test_half_precision_rounds_the_same_levels(law):
             assert torch.equal(quantizer.decode(quantizer.codes(x)).to(dtype), value)
 
 
+@pytest.mark.parametrize(
+    ("law", "passes"), [(Deterministic(smooth_as=SmoothRounding(scale=0.4)), True), (SmoothRounding(scale=0.4), False)]
+)
+def test_only_without_noise_a_signal_passes_whose_gradient_vanishes(law, passes):
+    """What lets a training by input gradients cheat where the gradient is a surrogate (docs/research/noise.md)."""
+    signal = torch.linspace(-1, 1, 1000).view(-1, 1).requires_grad_()
+    with rng.draw(0, torch.arange(1000)):
+        y = Quantizer(4, grid="two-sided", low=-1.0, high=1.0, law=law)(1e-3 * signal)
+    spread = y.detach().std()  # by which a norm layer would divide
+    (slope,) = torch.autograd.grad((y / spread).sum(), signal)
+    assert float(slope.abs().max()) < 0.02
+    agreement = torch.corrcoef(torch.stack([y.detach().flatten(), signal.detach().sign().flatten()]))[0, 1]
+    assert (float(agreement) > 0.99) if passes else (abs(float(agreement)) < 0.1)
+
+
 # Ranges and bad input
 
 

@@ -36,6 +36,9 @@ class InputGradient(Term):
     https://arxiv.org/abs/1905.11468, for L2). The quotient sees the codes that were drawn, not their mean, so that an h
     far below the steps of the quantizers is noisy; and at an h as large as epsilon $x + h v$ is an adversarial example.
 
+    A quantizer without noise lends the gradient of something else, and a long training may make that small in place of
+    its own: behind a norm layer a signal of less than a step still passes, as a staircase (`docs/research/noise.md`).
+
     Attributes:
         norm: `l1`, or `l2` (Fisher information is the square of the latter).
         of: `member`, each member's own loss, averaged; `ensemble`, the loss of the mean probability.
@@ -135,6 +138,7 @@ class LinearizedLoss(Term):
     `MemberCrossEntropy` it sums to the loss under that attack. To first order in epsilon it is `InputGradient` of equal
     weight. Beyond, it differs where the network is sure: the gradient of cross-entropy vanishes with $1 - p_y$, the
     rise does so only where the log-odds exceed what the attack can take. It needs second derivatives.
+    Of quantizers without noise see `InputGradient`: with them a long training ended at a constant answer.
 
     Reference for margins of a network made linear at the image: Elsayed et al., 2018, Large margin deep networks for
     classification, https://arxiv.org/abs/1803.05598, section 3. Deviation: log-odds in place of a margin for each other
