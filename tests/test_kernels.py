@@ -18,7 +18,7 @@ from bitquorum import kernels, rng
 from bitquorum.conversion import Policy
 from bitquorum.interface import GradientMaskingWarning, InputError, NoEffectWarning
 from bitquorum.kernels import choice, convolution, layout, mean, noise, polynomial
-from bitquorum.kernels.convolution import product, product_gradient, product_image_gradient
+from bitquorum.kernels.convolution import product_gradient
 from bitquorum.layers import QuantLayer
 from bitquorum.quantizers import (
     Deterministic,
@@ -633,21 +633,16 @@ def test_second_derivatives_of_convolutions_are_those_of_torch(options, layout):
     close(*outcomes, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("stride", "padding", "kernel"), [((1, 1), (1, 1), (3, 3)), ((2, 3), (0, 2), (3, 2)), ((3, 2), (1, 0), (1, 1))]
-)
+@pytest.mark.parametrize(("stride", "padding", "kernel"), [((1, 1), (1, 1), (3, 3)), ((2, 3), (0, 2), (3, 2))])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_and_their_gradients_as_products_are_those_of_torch(stride, padding, kernel, layout):
+def test_gradient_of_a_weight_as_a_product_is_that_of_torch(stride, padding, kernel, layout):
     torch.manual_seed(0)
-    x = torch.randn(3, 4, 7, 8, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    x = torch.randn(3, 4, 7, 8, dtype=torch.float64).to(memory_format=layout)
     weight = torch.randn(6, 4, *kernel, dtype=torch.float64, requires_grad=True)
     y = F.conv2d(x, weight, None, stride, padding)
     gradient = torch.randn_like(y)
-    known = torch.autograd.grad(y, (x, weight), gradient)
-    form = {"stride": stride, "padding": padding}
-    torch.testing.assert_close(product(x, weight, **form), y)
-    torch.testing.assert_close(product_image_gradient(gradient, weight, x.shape[2:], **form), known[0])
-    torch.testing.assert_close(product_gradient(gradient, x, kernel, **form), known[1])
+    (known,) = torch.autograd.grad(y, weight, gradient)
+    torch.testing.assert_close(product_gradient(gradient, x, kernel, stride=stride, padding=padding), known)
 
 
 @pytest.mark.parametrize(
@@ -675,42 +670,6 @@ def test_on_amx_gradients_of_weights_under_small_images_are_products(pixels, dty
     *same, known = outcomes[0]
     assert all(map(torch.equal, outcomes[1], same))
     close(outcomes[1][-1:], [known], rtol=2e-2)
-
-
-@pytest.mark.parametrize(
-    ("pixels", "dtype", "options", "large", "expected"),
-    [
-        (4, torch.bfloat16, {}, 6 * 4 * 9, True),
-        (8, torch.bfloat16, {"stride": 2}, 6 * 4 * 9, True),
-        (4, torch.bfloat16, {}, 6 * 4 * 9 + 1, False),
-        (5, torch.bfloat16, {}, 1, False),
-        (4, torch.float32, {}, 1, False),
-        (4, torch.bfloat16, {"groups": 2}, 1, False),
-        (4, torch.bfloat16, {"dilation": 2, "padding": 2}, 1, False),
-    ],
-)
-def test_on_amx_convolutions_of_large_weights_are_products(pixels, dtype, options, large, expected, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(convolution, "_LARGE", large)
-    conv = nn.Conv2d(4, 6, 3, **{"padding": 1} | options).to(dtype)
-    x = torch.randn(5, 4, pixels, pixels).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
-    calls = {"product": [], "product_image_gradient": []}
-    for name, made in calls.items():
-        own = getattr(convolution, name)
-        monkeypatch.setattr(
-            convolution, name, lambda *args, own=own, made=made, **form: made.append(1) or own(*args, **form)
-        )
-    outcomes = []
-    for amx in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        outcomes.append(derivatives(lambda x: kernels.convolve(conv, x, conv.weight), x, conv.weight))
-        with torch.no_grad():
-            blind = kernels.convolve(conv, x, conv.weight)
-        torch.testing.assert_close(blind, outcomes[-1][0], rtol=0, atol=0)
-        assert kernels.fits_convolution(conv, x.detach()) == (conv.weight.numel() >= large)
-    assert bool(calls["product"]) == bool(calls["product_image_gradient"]) == expected
-    assert [tensor.stride() for tensor in outcomes[0]] == [tensor.stride() for tensor in outcomes[1]]
-    close(outcomes[1], outcomes[0], rtol=2e-2)
 
 
 def native(layer, x):
