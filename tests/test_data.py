@@ -927,8 +927,8 @@ def test_augment_without_options_changes_nothing():
 
 @pytest.mark.parametrize(
     "augment", [Augment(crop=2), Augment(flip=True), Augment(cutout=3), Augment(brightness=0.5),
-                Augment(contrast=0.5), Augment(saturation=1.0),
-                Augment(crop=1, flip=True, cutout=2, brightness=0.3, contrast=0.2, saturation=0.2)]
+                Augment(contrast=0.5), Augment(saturation=1.0), Augment(noise=0.1),
+                Augment(crop=1, flip=True, cutout=2, brightness=0.3, contrast=0.2, saturation=0.2, noise=0.1)]
 )  # fmt: skip
 def test_augment_does_not_depend_on_the_place_in_the_batch(augment):
     images, examples = torch.rand(50, 3, 6, 7), torch.arange(50) * 7
@@ -1009,6 +1009,23 @@ def test_brightness_multiplies_by_a_uniform_factor():
     assert factor.max() <= 1.4
     assert abs(factor.mean().item() - 1) < 5 * 0.8 / 12**0.5 / count**0.5
     assert Augment(brightness=1.0)(torch.ones(100, 1, 1, 1), torch.arange(100), 0).max() <= 1
+
+
+def test_noise_is_uniform_and_independent_between_the_numbers_of_an_image():
+    count, most = 5000, 0.125
+    change = Augment(noise=most)(torch.full((count, 1, 1, 2), 0.5), torch.arange(count), 4)[:, 0, 0] - 0.5
+    u = (change + most) / (2 * most)
+    assert u.min() >= 0
+    assert u.max() <= 1
+    table = torch.bincount((u * 5).long().clamp(max=4) @ torch.tensor([5, 1]), minlength=25).float()
+    expected = count / 25
+    chi2 = ((table - expected) ** 2 / expected).sum().item()
+    assert chi2 < 24 + 5 * (2 * 24) ** 0.5
+    images = torch.rand(64, 3, 5, 6)
+    moved, both = Augment(crop=2), Augment(crop=2, noise=most)
+    near = both(images, torch.arange(64), 4) - moved(images, torch.arange(64), 4)
+    assert 0 < near.abs().max() <= most, "noise comes last, and changes no other draw"
+    assert both(images, torch.arange(64), 4).max() <= 1
 
 
 GREY = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)
@@ -1103,6 +1120,7 @@ def test_an_option_does_not_change_the_draws_of_another():
         ({"brightness": 1.1}, r"brightness in \[0, 1\], got 1.1"),
         ({"contrast": -0.1}, r"contrast in \[0, 1\], got -0.1"),
         ({"saturation": 1.5}, r"saturation in \[0, 1\], got 1.5"),
+        ({"noise": 1.5}, r"noise in \[0, 1\], got 1.5"),
         ({"brightness": float("nan")}, r"brightness in \[0, 1\], got nan"),
     ],
 )

@@ -302,6 +302,9 @@ def test_warmup_rises_linearly_from_nothing():
     term = FeatureMI(weight=-4.0, warmup=0.5)
     assert [term.weight_at(progress) for progress in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)] == [0, -1, -2, -4, -4, -4]
     assert [FeatureMI(weight=2.0).weight_at(progress) for progress in (0.0, 1.0)] == [2, 2]
+    late = FeatureMI(weight=4.0, warmup=0.25, after=0.5)
+    assert [late.weight_at(progress) for progress in (0.0, 0.4, 0.5, 0.625, 0.75, 1.0)] == [0, 0, 0, 2, 4, 4]
+    assert [FeatureMI(weight=4.0, after=0.5).weight_at(progress) for progress in (0.4, 0.5)] == [0, 4]
     late = Objective(terms=(MemberCrossEntropy(), Forbidden(weight=1.0, warmup=0.5)))
     said = given([normal(12, 4, 3)], torch.arange(4) % 3, progress=0.0)
     assert list(late(said)[1]) == ["MemberCrossEntropy"]
@@ -322,6 +325,9 @@ def test_refusals():
     for warmup in (-0.1, 1.1, math.nan):
         with pytest.raises(InputError, match="warmup"):
             MemberCrossEntropy(warmup=warmup)
+    for after in (-0.1, 1.0, math.nan):
+        with pytest.raises(InputError, match="after"):
+            MemberCrossEntropy(after=after)
     for smoothing in (-0.1, 1.0):
         with pytest.raises(InputError, match="smoothing"):
             MemberCrossEntropy(smoothing=smoothing)
@@ -412,19 +418,22 @@ def test_the_quotient_trains_what_the_exact_penalty_trains():
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
-def test_a_share_of_the_steps_carries_the_whole_penalty():
+@pytest.mark.parametrize("term", [InputGradient, LinearizedLoss])
+def test_a_share_of_the_steps_carries_the_whole_penalty(term):
     weights = [normal(16, 3, 8).double()]
     x, labels = uniform(18, 5, 1, 2, 4).double().requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
 
-    def value(term: InputGradient, seed: int) -> float:
-        return term(step(linear(weights), x, labels, seed=seed)).item()
+    def value(share: float | None, seed: int) -> float:
+        return term(share=share)(step(linear(weights), x, labels, seed=seed)).item()
 
-    exact = value(InputGradient(), 0)
-    values = [value(InputGradient(share=0.25), seed) for seed in range(400)]
+    exact = value(None, 0)
+    values = [value(0.25, seed) for seed in range(400)]
     assert {round(found / exact, 6) for found in values} == {0.0, 4.0}
     assert sum(values) / 400 / exact == pytest.approx(1, abs=0.35)
+    assert term().capturable
+    assert not term(share=0.25).capturable
     with pytest.raises(InputError, match=r"share of the steps in \(0, 1\]"):
-        InputGradient(share=0.0)
+        term(share=0.0)
 
 
 def test_the_penalty_over_draws_is_that_of_their_mean_loss():

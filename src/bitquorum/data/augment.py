@@ -25,7 +25,8 @@ class Augment(Method):
       and take for the grey of red, green and blue 0.299, 0.587 and 0.114 of them (ITU-R BT.601);
     - `cutout`: a square of `cutout` pixels a side, its centre on a random pixel, is set to zero; the part of
       the square outside of the image is lost. DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552;
-      they mask normalized images, so that their zero is the mean colour, while ours is black.
+      they mask normalized images, so that their zero is the mean colour, while ours is black;
+    - `noise` n: to every number of the image one of its own from $U(-n, n)$ is added, last of all; clipped to [0, 1].
 
     With `cutmix` that share of the images gets, in `mix`, a rectangle of another image of the set, and its label as
     far as the rectangle reaches: with $\lambda \sim U(0, 1)$ it has $\sqrt{1 - \lambda}$ of each side of the image, its
@@ -43,6 +44,7 @@ class Augment(Method):
         brightness: Largest relative change of brightness, in [0, 1].
         contrast: Largest relative change of contrast, in [0, 1]; `None` for none.
         saturation: Largest relative change of saturation, in [0, 1], of images of three channels; `None` for none.
+        noise: Largest change of a single number of the image, in [0, 1]; `None` for none.
         cutmix: Share of the images that get a part of another one, in [0, 1]; `None` for none.
 
     Raises:
@@ -63,6 +65,7 @@ class Augment(Method):
     cutmix: float | None = None
     contrast: float | None = None
     saturation: float | None = None
+    noise: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
@@ -73,7 +76,7 @@ class Augment(Method):
             raise InputError(f"expected flip to be true or false, got {self.flip!r}")
         if not _is_share(self.brightness):
             raise InputError(f"expected brightness in [0, 1], got {self.brightness!r}")
-        for name, more in (("cutmix", ", a share of the images,"), ("contrast", ""), ("saturation", "")):
+        for name, more in (("cutmix", ", a share of the images,"), ("contrast", ""), ("saturation", ""), ("noise", "")):
             value = getattr(self, name)
             if value is not None and not _is_share(value):
                 raise InputError(f"expected {name}{more} in [0, 1], got {value!r}")
@@ -106,6 +109,9 @@ class Augment(Method):
                 images = _scaled(images, _grey(images), self.saturation, noise_of_colour[:, 1])
         if self.cutout:
             images = images.masked_fill(self._mask(images, noise[:, 3], noise[:, 4]), 0)
+        if self.noise:
+            u = rng.uniform(seed, examples.to(images.device), images[0].numel(), address="noise").view(images.shape)
+            images = (images + self.noise * (2 * u - 1).to(images.dtype)).clamp(0, 1)
         return images
 
     def partners(self, examples: Int[Tensor, "images"], seed: int) -> Int[Tensor, "images"]:

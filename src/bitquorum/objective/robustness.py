@@ -1,7 +1,7 @@
 """Keep a small change of the image small at the output: input gradients and, as references, adversarial training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final, get_args
@@ -77,8 +77,7 @@ class InputGradient(Term):
             )
 
         _check_statistics(self.statistics)
-        if self.share is not None and not 0 < self.share <= 1:
-            raise InputError(f"expected a share of the steps in (0, 1], or none for all, got {self.share}")
+        _check_share(self.share)
 
     @property
     def capturable(self) -> bool:
@@ -87,10 +86,7 @@ class InputGradient(Term):
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean norm over examples (and members), in nats (or logits) per unit of the image."""
-        if self.share is None:
-            return self._penalty(step)
-        chosen = rng.derive(step.seed, "share") % 2**32 < self.share * 2**32
-        return self._penalty(step) / self.share if chosen else step.images.new_zeros(())
+        return _on_share(self._penalty, step, self.share)
 
     def _penalty(self, step: Step) -> Float[Tensor, ""]:
         images = [step.images] * len(step.ensemble.members)
@@ -147,11 +143,13 @@ class LinearizedLoss(Term):
     Attributes:
         epsilon: Radius in the maximum norm, in units of the image.
         statistics: As in `InputGradient`.
+        share: As in `InputGradient`.
     """
 
     warmup: float = 0.5
     epsilon: float = 5 / 255
     statistics: Literal["held"] | None = None
+    share: float | None = None
     needs_image_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -159,14 +157,18 @@ class LinearizedLoss(Term):
         if not 0 < self.epsilon < math.inf:
             raise InputError(f"expected an epsilon above 0, got {self.epsilon}")
         _check_statistics(self.statistics)
+        _check_share(self.share)
 
     @property
     def capturable(self) -> bool:
-        """Always."""
-        return True
+        """Unless it chooses steps."""
+        return self.share is None
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean rise over members and examples, in nats."""
+        return _on_share(self._rise, step, self.share)
+
+    def _rise(self, step: Step) -> Float[Tensor, ""]:
         rises: list[Tensor] = []
         for part in step.outputs.parts:
             odds = log_odds(kernels.wide(part), step.labels).mean(0)
@@ -179,6 +181,19 @@ class LinearizedLoss(Term):
 def _check_statistics(statistics: str | None) -> None:
     if statistics not in (None, "held"):
         raise InputError(f"expected statistics held, or none for those of the batch, got {statistics!r}")
+
+
+def _check_share(share: float | None) -> None:
+    if share is not None and not 0 < share <= 1:
+        raise InputError(f"expected a share of the steps in (0, 1], or none for all, got {share}")
+
+
+def _on_share(term: Callable[[Step], Tensor], step: Step, share: float | None) -> Float[Tensor, ""]:
+    """Return the term on a share of the steps, chosen by their seeds, divided by the share; zero on the others."""
+    if share is None:
+        return term(step)
+    chosen = rng.derive(step.seed, "share") % 2**32 < share * 2**32
+    return term(step) / share if chosen else step.images.new_zeros(())
 
 
 def _slope(

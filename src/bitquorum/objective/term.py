@@ -109,10 +109,13 @@ class Term(Method, ABC):
     Attributes:
         weight: Factor on the term; its sign may be turned for an ablation.
         warmup: Share of the training over which the weight grows from zero, linearly.
+        after: Share of the training before that, in which the term has no weight and, unless the step is recorded
+            (`capture`), costs nothing; `None` for none.
     """
 
     weight: float = 1.0
     warmup: float = 0.0
+    after: float | None = None
     needs_image_gradient: ClassVar[bool] = False
 
     @property
@@ -125,10 +128,15 @@ class Term(Method, ABC):
             raise InputError(f"expected a finite weight, got {self.weight}")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"expected warmup, a share of the training, in [0, 1], got {self.warmup}")
+        if self.after is not None and not 0 <= self.after < 1:
+            raise InputError(f"expected after, a share of the training, in [0, 1), or none, got {self.after}")
 
     def weight_at(self, progress: float) -> float:
         """Return the weight at a share of the training."""
-        return float(self.weight) * (min(1.0, progress / self.warmup) if self.warmup else 1.0)
+        since = progress - (self.after or 0.0)
+        if since < 0:
+            return 0.0
+        return float(self.weight) * (min(1.0, since / self.warmup) if self.warmup else 1.0)
 
     @abstractmethod
     def __call__(self, step: Step) -> Float[Tensor, ""]:
