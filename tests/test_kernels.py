@@ -645,26 +645,39 @@ def test_gradient_of_a_weight_as_a_product_is_that_of_torch(stride, padding, ker
     torch.testing.assert_close(product_gradient(gradient, x, kernel, stride=stride, padding=padding), known)
 
 
+STRIDED = {"stride": 2}
+
+
 @pytest.mark.parametrize(
-    ("pixels", "dtype", "options", "expected"),
+    ("cpu", "channels", "pixels", "dtype", "options", "expected"),
     [
-        (6, torch.bfloat16, {}, 2),  # the gradient of the weight, and that of the gradient of the image
-        (6, torch.float32, {}, 0),
-        (7, torch.bfloat16, {}, 0),
-        (6, torch.bfloat16, {"groups": 2}, 0),
-        (6, torch.bfloat16, {"dilation": 2, "padding": 2}, 0),
+        ("amx", 4, 6, torch.bfloat16, {}, 2),  # the gradient of the weight, and that of the gradient of the image
+        ("amx", 4, 6, torch.float32, {}, 0),
+        ("amx", 4, 7, torch.bfloat16, {}, 0),
+        ("amx", 4, 6, torch.bfloat16, {"groups": 2}, 0),
+        ("amx", 4, 6, torch.bfloat16, {"dilation": 2, "padding": 2}, 0),
+        ("avx512_bf16", 64, 16, torch.bfloat16, STRIDED, 2),
+        ("avx512_bf16", 64, 16, torch.float32, STRIDED, 0),
+        ("avx512_bf16", 63, 16, torch.bfloat16, STRIDED, 0),
+        ("avx512_bf16", 64, 18, torch.bfloat16, STRIDED, 0),
+        ("avx512_bf16", 64, 6, torch.bfloat16, {}, 0),
+        ("avx512_bf16", 64, 16, torch.bfloat16, STRIDED | {"groups": 2}, 0),
+        ("none", 64, 6, torch.bfloat16, STRIDED, 0),
     ],
 )
-def test_on_amx_gradients_of_weights_under_small_images_are_products(pixels, dtype, options, expected, monkeypatch):
+def test_gradients_of_weights_are_products_where_that_pays(
+    cpu, channels, pixels, dtype, options, expected, monkeypatch
+):
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, 3, **{"padding": 1} | options).to(dtype)
-    x = torch.randn(5, 4, pixels, pixels).to(dtype).requires_grad_()
+    conv = nn.Conv2d(channels, 6, 3, **{"padding": 1} | options).to(dtype)
+    x = torch.randn(5, channels, pixels, pixels).to(dtype).requires_grad_()
     products, outcomes = [], []
     monkeypatch.setattr(
         convolution, "product_gradient", lambda *args, **form: products.append(1) or product_gradient(*args, **form)
     )
-    for count, amx in ((0, False), (expected, True)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+    for count, found in ((0, "none"), (expected, cpu)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=found: found == "amx")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found == "avx512_bf16")
         outcomes.append(derivatives(lambda x: kernels.convolve(conv, x, conv.weight), x, conv.weight))
         assert len(products) == count
     *same, known = outcomes[0]
