@@ -181,17 +181,19 @@ def test_certificates_resume_and_do_not_depend_on_batches(trained: dict[str, Ens
     assert all(torch.equal(a.certified, b.certified) for a, b in zip(first, other, strict=True))
 
 
-def test_a_mirrored_ensemble_is_certified_by_both_looks(digits: ImageSet):
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_an_ensemble_that_looks_again_is_certified_by_both_looks(digits: ImageSet, *, mirrored: bool):
     with rng.torch_seed(0):
         members = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2)]
-    model, plain = (Ensemble(members, aggregation=MeanLogits(), mirrored=chosen).eval() for chosen in (True, False))
+    model = Ensemble(members, aggregation=MeanLogits(), mirrored=mirrored, shift=0 if mirrored else 1).eval()
+    plain = Ensemble(members, aggregation=MeanLogits()).eval()
     images = digits.batch(torch.arange(len(digits))).images
     said = replace(digits, labels=model.predict(model(images))[0])  # so that every image is right
     certify = Certify(epsilons=(4 / 255,), statements=("all",))
     both, one = (certify(each, said)[1].certified[0] for each in (model, plain))
     looks = [
         margins(member, look.double(), said.labels, epsilon=4 / 255)
-        for look in (images, images.flip(-1))
+        for look in (images, images.flip(-1) if mirrored else nn.functional.pad(images, (1, -1, 1, -1)))
         for member in members
     ]
     assert torch.equal(both, holds(model.aggregation, torch.stack(looks)[None], said.labels))

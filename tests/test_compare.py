@@ -113,3 +113,5 @@ def test_complexity_adds_members_and_passes_and_counts_shared_weights_once():
     mirrored = complexity(Ensemble.build([network], [_deterministic(4, 4)], mirrored=True).eval(), (1, 2, 4))
     assert (mirrored.macs, mirrored.bit_operations) == (2 * one.macs, 2 * one.bit_operations)
     assert mirrored.bytes == one.bytes
+    often = complexity(Ensemble.build([network], [_deterministic(4, 4)], mirrored=True, shift=1).eval(), (1, 2, 4))
+    assert (often.macs, often.bytes) == (4 * one.macs, one.bytes)

@@ -284,17 +284,50 @@ def test_a_mirrored_ensemble_says_the_same_of_an_image_and_its_mirror_image():
     assert gradient.any(), "an attack sees the second look"
 
 
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """Return the images one pixel down and to the right, as cutting a place out of padded ones makes them."""
+    return nn.functional.pad(x, (1, 1, 1, 1))[:, :, : x.shape[2], : x.shape[3]]
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_shifted_ensemble_answers_to_every_look_moved_as_well(mirrored):
+    plain, shifted = build(mirrored=mirrored).eval(), build(mirrored=mirrored, shift=1).eval()
+    shifted.load_state_dict(plain.state_dict())
+    x = images()
+    looks = [x, x.flip(-1)] if mirrored else [x]
+    looks += [moved(look) for look in looks]
+    found = shifted.looks(x)
+    assert all(map(torch.equal, found, looks))
+    assert len(found) == len(looks)
+    answers = run(shifted, x, [1, 2])
+    single = build().eval()
+    single.load_state_dict(plain.state_dict())
+    assert torch.equal(answers, torch.cat([run(single, look, [1, 2]) for look in looks], 1))
+    assert answers.shape[1] == shifted.answers == 3 * len(looks)
+    assert torch.equal(run(shifted.outputs, x, [1, 2]).logits, answers)
+    look = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(shifted(look)[0, -1, :, 0].sum(), look)
+    assert gradient.any(), "an attack sees the last look"
+
+
 def test_training_sees_images_as_they_are():
-    ensemble = build(mirrored=True).train()
-    assert run(ensemble, images()).shape[1] == ensemble.answers == 3
-    assert copy.deepcopy(ensemble).eval().answers == 6
-    assert len(run(ensemble.outputs, images()).features) == 3
+    for ensemble, looks in ((build(mirrored=True), 2), (build(shift=1), 2), (build(mirrored=True, shift=2), 4)):
+        ensemble.train()
+        assert run(ensemble, images()).shape[1] == ensemble.answers == 3
+        assert copy.deepcopy(ensemble).eval().answers == 3 * looks
+        assert len(run(ensemble.outputs, images()).features) == 3
 
 
-def test_what_is_no_image_has_no_mirror_image():
-    ensemble = Ensemble([nn.Linear(2, 2)], mirrored=True).eval()
-    with pytest.raises(InputError, match=r"expected images \[batch, channels, height, width\] of a mirrored ensemble"):
-        ensemble(torch.zeros(3, 2))
+def test_what_is_no_image_has_no_second_look():
+    for ensemble in (Ensemble([nn.Linear(2, 2)], mirrored=True), Ensemble([nn.Linear(2, 2)], shift=1)):
+        with pytest.raises(
+            InputError, match=r"expected images \[batch, channels, height, width\] of a mirrored or shift"
+        ):
+            ensemble.eval()(torch.zeros(3, 2))
+    with pytest.raises(InputError, match=r"larger than its shift of 4, got \[1, 1, 9, 4\]"):
+        build(shift=4).eval()(torch.zeros(1, 1, 9, 4))
+    with pytest.raises(InputError, match="shift of at least 0 pixels, got -1"):
+        build(shift=-1)
 
 
 def test_the_classifier_is_the_last_linear_layer():

@@ -552,18 +552,21 @@ def test_an_arm_alone_is_trained_with_its_start_and_resumes_to_the_same_end(tmp_
     assert progress_of(alone) == "trained"
 
 
-def test_an_arm_without_epochs_is_its_start_and_may_be_mirrored(tmp_path: Path):
+def test_an_arm_without_epochs_is_its_start_and_may_look_more_often(tmp_path: Path):
     first = TABLE["arms"][1]
     same = {**first, "trainer": {"epochs": 0, "batch_size": 10}, "start": "sq"}
     arms = [first, {**same, "name": "again"}, {**same, "name": "twice", "mirrored": True}]
+    arms.append({**same, "name": "often", "mirrored": True, "shift": 1})
     experiment = parse({**TABLE, "arms": arms})
     stored = run(experiment, tmp_path)
     weights = [(stored.path / "arms" / arm["name"] / "weights.safetensors").read_bytes() for arm in arms]
-    assert weights[0] == weights[1] == weights[2]
-    rows = {name: [row for row in results(stored) if row["arm"] == name] for name in ("sq", "again", "twice")}
+    assert len(set(weights)) == 1
+    rows = {name: [row for row in results(stored) if row["arm"] == name] for name in ("sq", "again", "twice", "often")}
     assert [row["value"] for row in rows["sq"]] == [row["value"] for row in rows["again"]]
     assert [row["value"] for row in rows["sq"]] != [row["value"] for row in rows["twice"]]
-    assert [rows[name][0]["members"] for name in ("sq", "twice")] == ["w4a4 w3a2", "w4a4 w3a2 mirrored"]
+    assert [row["value"] for row in rows["twice"]] != [row["value"] for row in rows["often"]]
+    shown = ["w4a4 w3a2", "w4a4 w3a2 mirrored", "w4a4 w3a2 mirrored shifted"]
+    assert [rows[name][0]["members"] for name in ("sq", "twice", "often")] == shown
 
 
 def test_weights_that_do_not_fit_the_start_are_refused(tmp_path: Path):

@@ -300,9 +300,10 @@ def test_the_passes_that_are_stated_are_those_that_are_taken():
     assert plan.passes(model) == taken
 
 
-def test_the_passes_on_a_mirrored_ensemble_are_those_of_twice_its_members():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_passes_on_an_ensemble_that_looks_again_are_those_of_more_members(shift):
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    model = Ensemble([network], mirrored=True).eval().requires_grad_(False)
+    model = Ensemble([network], mirrored=True, shift=shift).eval().requires_grad_(False)
     examples = examples_of(20)
     examples = replace(examples, images=examples.images.view(20, 1, 3, 4))
     plan = ladder(PGD(steps=4, pooling="least-member-loss"), ARC(steps=3))

@@ -60,6 +60,7 @@ class Arm(Method):
             weights and ranges, on images in another order, in place of new weights and calibrated ranges. With a
             trainer of no epochs it keeps them.
         mirrored: Whether members also see each image mirrored, after the training; see `Ensemble`.
+        shift: Pixels by which members also see each of these moved, after the training; `None` for none.
     """
 
     name: str
@@ -72,12 +73,15 @@ class Arm(Method):
     trainer: Trainer | None = None
     start: str | None = None
     mirrored: bool | None = None
+    shift: int | None = None
 
     def __post_init__(self) -> None:
         if not self.members:
             raise InputError(f"expected at least one member in arm {self.name!r}, got none")
         if self.passes < 1:
             raise InputError(f"expected at least one pass per prediction, got {self.passes}")
+        if self.shift is not None and self.shift < 1:
+            raise InputError(f"expected a shift of at least one pixel, or none, got {self.shift}")
         if not _ARM.fullmatch(self.name):
             raise InputError(
                 "expected an arm name of letters, digits, '-', '_' and '.' that begins with a letter or digit, got "
@@ -86,8 +90,9 @@ class Arm(Method):
 
     @property
     def precision(self) -> str:
-        """The members' precisions in short, such as `w4a4 w3a3 fp`, and whether they see mirror images too."""
-        return " ".join([*self._labels, *(["mirrored"] if self.mirrored else [])])
+        """The members' precisions in short, such as `w4a4 w3a3 fp`, and which further images they see."""
+        looks = [name for name, on in (("mirrored", self.mirrored), ("shifted", self.shift)) if on]
+        return " ".join([*self._labels, *looks])
 
     def fits(self, other: "Arm") -> bool:
         """Return whether the weights of another arm can be this one's."""

@@ -11,6 +11,7 @@ from typing import ClassVar, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from bitquorum import kernels, rng
 from bitquorum.conversion import Conversion, alternatives, is_stochastic, set_addresses, share_weights
@@ -125,16 +126,19 @@ class Ensemble(nn.Module):
 
     A mirrored ensemble asks every member twice in evaluation mode, about the image and about its mirror image, under
     the same draw. The answers to the mirror images count as those of further members, and attacks see through all. It
-    costs twice the inference and no training, where `Augment(flip=True)` shows members both.
+    costs twice the inference and no training, where `Augment(flip=True)` shows members both. A shifted ensemble does so
+    with the image moved down and to the right, as `Augment(crop=shift)` may move it, so that strides meet other pixels;
+    one that is both asks four times.
 
     Args:
         members: Networks from images in [0, 1] to logits, quantized or float, with separate or shared weights.
         aggregation: How a prediction is made.
         passes: Number of draws that one prediction averages over.
         mirrored: Whether members also see the image mirrored left to right; for classes that a mirror image keeps.
+        shift: Pixels by which members also see each of these moved, zeros where it leaves, or 0.
 
     Raises:
-        InputError: if there is no member, or `passes` is below one.
+        InputError: if there is no member, `passes` is below one, or `shift` below zero.
 
     Examples:
         >>> from bitquorum.conversion import Policy
@@ -152,16 +156,20 @@ class Ensemble(nn.Module):
         aggregation: Aggregation | None = None,
         passes: int = 1,
         mirrored: bool = False,
+        shift: int = 0,
     ) -> None:
         super().__init__()
         if not members:
             raise InputError("expected at least one member, got none")
         if passes < 1:
             raise InputError(f"expected at least one pass per prediction, got {passes}")
+        if shift < 0:
+            raise InputError(f"expected a shift of at least 0 pixels, got {shift}")
         self.members = nn.ModuleList(members)
         self.aggregation = aggregation or MeanProbability()
         self.passes = passes
         self.mirrored = mirrored
+        self.shift = shift
         set_addresses(self)
 
     @classmethod
@@ -174,6 +182,7 @@ class Ensemble(nn.Module):
         aggregation: Aggregation | None = None,
         passes: int = 1,
         mirrored: bool = False,
+        shift: int = 0,
     ) -> "Ensemble":
         """Convert one network per policy and make them an ensemble.
 
@@ -185,6 +194,7 @@ class Ensemble(nn.Module):
             aggregation: How a prediction is made.
             passes: Number of draws that one prediction averages over.
             mirrored: Whether members also see the image mirrored left to right.
+            shift: Pixels by which members also see each of these moved, or 0.
         """
         members = [
             copy.deepcopy(network) if policy is None else policy(network)
@@ -192,35 +202,38 @@ class Ensemble(nn.Module):
         ]
         if shared:
             share_weights(members)
-        return cls(members, aggregation=aggregation, passes=passes, mirrored=mirrored)
+        return cls(members, aggregation=aggregation, passes=passes, mirrored=mirrored, shift=shift)
 
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
-        """Return the logits of every member under every ambient draw, and of a mirrored ensemble those of each look."""
+        """Return the logits of every member under every ambient draw, one look after the other."""
         looks = self.looks(images)
         return torch.stack([answer for look in looks for answer in self.each([look] * len(self.members))], 1)
 
     def looks(self, images: Float[Tensor, "batch *image"]) -> tuple[Float[Tensor, "batch *image"], ...]:
-        """Return the images as every member sees them: as they are, and in a mirrored ensemble's evaluation mirrored.
+        """Return the images as every member sees them: in training as they are, else mirrored and shifted too.
 
         Raises:
-            InputError: if those of a mirrored ensemble are no images.
+            InputError: if those of a mirrored or shifted ensemble are no images, or too small to be shifted.
         """
-        if not self._mirrors:
+        if self._looks == 1:
             return (images,)
-        if images.dim() != 4:
+        if images.dim() != 4 or self.shift >= min(images.shape[2:]):
             raise InputError(
-                f"expected images [batch, channels, height, width] of a mirrored ensemble, got {list(images.shape)}"
+                "expected images [batch, channels, height, width] of a mirrored or shifted ensemble, larger than its "
+                f"shift of {self.shift}, got {list(images.shape)}"
             )
-        return images, images.flip(-1)
+        looks = (images, images.flip(-1)) if self.mirrored else (images,)
+        n = self.shift
+        return (*looks, *(pad(look, (n, -n, n, -n)) for look in looks)) if n else looks
 
     @property
     def answers(self) -> int:
         """Number of members that `forward` has, in the mode that it is in: one for each look of each member."""
-        return len(self.members) * (2 if self._mirrors else 1)
+        return len(self.members) * self._looks
 
     @property
-    def _mirrors(self) -> bool:
-        return self.mirrored and not self.training
+    def _looks(self) -> int:
+        return 1 if self.training else (1 + self.mirrored) * (1 + (self.shift > 0))
 
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
         """Return the logits of each member on images of its own, under every ambient draw."""

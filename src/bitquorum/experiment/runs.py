@@ -249,6 +249,7 @@ def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
         aggregation=arm.aggregation,
         passes=arm.passes,
         mirrored=bool(arm.mirrored),
+        shift=arm.shift or 0,
     )
 
 
