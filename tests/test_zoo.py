@@ -27,6 +27,8 @@ SMALL = {
     "mnistconv": zoo.MNISTconv(width=4),
     "small": zoo.SmallResNet(widths=(4, 6, 8)),
     "small-strided": zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2),
+    "small-aligned": zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2, stem_kernel=6, aligned=True),
+    "small-odd": zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2, aligned=True),
     "small-deep": zoo.SmallResNet(widths=(4, 6, 8), blocks=2),
     "small-none": zoo.SmallResNet(widths=(4, 4, 6), norm="none", activation="silu"),
     "resnet-cifar": zoo.ResNetCifar(depth=14, width=4),
@@ -197,6 +199,41 @@ def test_a_strided_stem_halves_every_side_and_keeps_the_weights():
     assert sides == [8, 4]
     with pytest.raises(InputError, match="expected stem_stride to be an integer of at least 1, got 0"):
         zoo.SmallResNet(stem_stride=0)
+
+
+def test_an_aligned_network_sees_the_mirror_image_as_it_sees_the_image():
+    def mirrored_features(**options: Any) -> list[torch.Tensor]:
+        network = build(zoo.SmallResNet(widths=(4, 6, 8), stem_stride=2, **options), shape=CIFAR).eval()
+        x = images(CIFAR)
+        features = network[:-3](x)
+        with torch.no_grad():
+            for module in network.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.weight.copy_(module.weight.flip(3))
+        return [features.flip(3), network[:-3](x.flip(3))]
+
+    torch.testing.assert_close(*mirrored_features(stem_kernel=6, aligned=True))
+    for options in ({}, {"stem_kernel": 6}, {"aligned": True}):
+        expected, found = mirrored_features(**options)
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() > 0.1
+
+
+def test_an_aligned_block_takes_the_mean_of_the_pixels_it_skips():
+    block = zoo.BasicBlock(4, 6, stride=2, activation="relu", norm="none", aligned=True)
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        block.conv2.bias.zero_()  # type: ignore[union-attr]
+    x = images((4, 6, 6))
+    assert block.conv1.kernel_size == (4, 4)
+    torch.testing.assert_close(block(x)[:, :4], x.unflatten(3, (3, 2)).unflatten(2, (3, 2)).mean((3, 5)))
+    assert zoo.BasicBlock(4, 4, stride=1, activation="relu", norm="none", aligned=True).conv1.kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize(("stride", "kernel"), [(None, 6), (3, 4), (4, 2)])
+def test_an_even_stem_needs_an_even_stride(stride, kernel):
+    with pytest.raises(InputError, match=f"an even stem_stride that is no larger, got {kernel} and {stride or 1};"):
+        zoo.SmallResNet(stem_stride=stride, stem_kernel=kernel)
 
 
 def test_more_blocks_are_the_deeper_network_of_the_family():

@@ -23,6 +23,7 @@ class PadShortcut(nn.Module):
     Args:
         extra: The number of channels to append.
         stride: The step in both directions, in pixels.
+        mean: Whether to take the mean of stride x stride pixels in place of the first of them. Not in the reference.
 
     Examples:
         >>> import torch
@@ -30,20 +31,21 @@ class PadShortcut(nn.Module):
         tensor([[4., 0., 0.]])
     """
 
-    def __init__(self, *, extra: int, stride: int) -> None:
+    def __init__(self, *, extra: int, stride: int, mean: bool = False) -> None:
         super().__init__()
         check_count("extra", extra, least=0)
         check_count("stride", stride)
-        self.extra, self.stride = extra, stride
+        self.extra, self.stride, self.mean = extra, stride, mean
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the image with fewer pixels and more channels."""
-        taken = functional.avg_pool2d(x, 1, self.stride)  # a slice would give gradients in another memory layout
+        side = self.stride if self.mean else 1
+        taken = functional.avg_pool2d(x, side, self.stride)  # a slice would give gradients in another memory layout
         return functional.pad(taken, (0, 0, 0, 0, 0, self.extra))
 
     def extra_repr(self) -> str:
         """Return the fields for `repr`."""
-        return f"extra={self.extra}, stride={self.stride}"
+        return f"extra={self.extra}, stride={self.stride}, mean={self.mean}"
 
 
 @final
@@ -62,6 +64,8 @@ class BasicBlock(nn.Module):
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`; with `none` the convolutions have biases.
         project: Whether the shortcut has weights where shapes differ.
+        aligned: Whether, at stride 2, the first kernel has 4x4 pixels and a `PadShortcut` takes means. Not in the
+            reference.
 
     Raises:
         InputError: if channels fall without `project`, or a name is unknown.
@@ -74,13 +78,22 @@ class BasicBlock(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, stride: int, activation: str, norm: str, project: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        stride: int,
+        activation: str,
+        norm: str,
+        project: bool = False,
+        aligned: bool = False,
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("norm", norm, NORMS)
         bias = norm == "none"
-        self.conv1 = convolution(inputs, outputs, 3, stride=stride, bias=bias)
+        aligned = aligned and stride == 2
+        self.conv1 = convolution(inputs, outputs, 4 if aligned else 3, stride=stride, bias=bias)
         self.norm1 = NORMS[norm](outputs)
         self.activation1 = ACTIVATIONS[activation]()
         self.conv2 = convolution(outputs, outputs, 3, bias=bias)
@@ -90,7 +103,7 @@ class BasicBlock(nn.Module):
         elif project:
             self.shortcut = nn.Sequential(*_pointwise(inputs, outputs, stride, bias=bias), NORMS[norm](outputs))
         else:
-            self.shortcut = PadShortcut(extra=outputs - inputs, stride=stride)
+            self.shortcut = PadShortcut(extra=outputs - inputs, stride=stride, mean=aligned)
         self.activation2 = ACTIVATIONS[activation]()
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:

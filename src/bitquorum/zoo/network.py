@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Float
@@ -116,8 +116,10 @@ class Network(Method, ABC):
         (torch.Size([2, 10]), torch.Size([2, 64]))
     """
 
-    smallest: ClassVar[int] = 1
-    """The least height and width of an image, in pixels."""
+    @property
+    def smallest(self) -> int:
+        """The least height and width of an image, in pixels."""
+        return 1
 
     @final
     def __call__(
@@ -215,8 +217,13 @@ class Normalize(nn.Module):
 
 
 def convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    """Return a convolution of odd kernel size; height and width are divided by the stride and rounded up."""
-    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
+    """Return a convolution that divides height and width by its stride.
+
+    Of odd kernel size the result is rounded up; an even one, whose stride must be even too, is rounded down and looks
+    as far to one side as to the other.
+    """
+    padding = kernel // 2 if kernel % 2 else (kernel - stride) // 2
+    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=bias)
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> None:

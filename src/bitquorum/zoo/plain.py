@@ -1,7 +1,7 @@
 """Build networks without skip connections: a linear one, one for digits and the two of EMPIR."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 from torch import nn
 
@@ -100,8 +100,6 @@ class CIFARconv(Network):
         116704
     """
 
-    smallest: ClassVar[int] = 15
-
     width: int = 32
     activation: str = "relu"
     unit_norm: bool = False
@@ -110,6 +108,11 @@ class CIFARconv(Network):
         """Check the fields."""
         check_count("width", self.width)
         check_choice("activation", self.activation, ACTIVATIONS)
+
+    @property
+    def smallest(self) -> int:
+        """The least height and width of an image, in pixels."""
+        return 15
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
         channels, *sides = shape
@@ -162,8 +165,6 @@ class MNISTconv(Network):
         709888
     """
 
-    smallest: ClassVar[int] = 28
-
     width: int = 64
     activation: str = "relu"
     unit_norm: bool = False
@@ -172,6 +173,11 @@ class MNISTconv(Network):
         """Check the fields."""
         check_count("width", self.width)
         check_choice("activation", self.activation, ACTIVATIONS)
+
+    @property
+    def smallest(self) -> int:
+        """The least height and width of an image, in pixels."""
+        return 28
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
         channels, *sides = shape

@@ -33,9 +33,13 @@ class SmallResNet(Network):
         stem_stride: Stride of the stem, `None` for 1. At 2 twice as wide a network has as many multiply-accumulates
             and half as many activations.
         blocks: Blocks of each stage, `None` for 1; with n of them there are 6n + 1 convolutions.
+        stem_kernel: Side of the stem's kernel in pixels, `None` for 3; even only if `stem_stride` is.
+        aligned: Whether every stage of stride 2 looks as far to one side as to the other: the kernel of its strided
+            convolution has 4x4 pixels, and its shortcut takes the mean of the four pixels of which `PadShortcut` drops
+            three. Not in the reference.
 
     Raises:
-        InputError: if a field is out of range.
+        InputError: if a field is out of range, or an even kernel has an odd stride.
 
     Examples:
         >>> sum(p.numel() for p in SmallResNet()(classes=10, shape=(3, 32, 32)).parameters())
@@ -47,6 +51,8 @@ class SmallResNet(Network):
     norm: str = "batch"
     stem_stride: int | None = None
     blocks: int | None = None
+    stem_kernel: int | None = None
+    aligned: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -58,9 +64,21 @@ class SmallResNet(Network):
             least = width
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("norm", self.norm, NORMS)
-        for name in ("stem_stride", "blocks"):
+        for name in ("stem_stride", "blocks", "stem_kernel"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        kernel, stride = self.stem_kernel or 3, self.stem_stride or 1
+        if kernel % 2 == 0 and (stride % 2 or kernel < stride):
+            raise InputError(
+                f"expected an even stem_kernel only beside an even stem_stride that is no larger, got {kernel} and "
+                f"{stride}; give an odd kernel, or a stride of 2"
+            )
+
+    @property
+    def smallest(self) -> int:
+        """The least height and width of an image, in pixels; kernels of even size round a side down."""
+        stride, least = self.stem_stride or 1, 4 if self.aligned else 1
+        return least * stride if (self.stem_kernel or 3) % 2 == 0 else (least - 1) * stride + 1
 
     def _parts(self, classes: int, shape: tuple[int, int, int]) -> dict[str, nn.Module]:
         return _basic(
@@ -71,6 +89,8 @@ class SmallResNet(Network):
             activation=self.activation,
             norm=self.norm,
             stem_stride=self.stem_stride or 1,
+            stem_kernel=self.stem_kernel or 3,
+            aligned=bool(self.aligned),
         )
 
 
@@ -267,11 +287,13 @@ def _basic(
     norm: str,
     project: bool = False,
     stem_stride: int = 1,
+    stem_kernel: int = 3,
+    aligned: bool = False,
 ) -> dict[str, nn.Module]:
     """Return a stem as wide as the first stage, stages of `BasicBlock`s and the end."""
-    block = partial(BasicBlock, activation=activation, norm=norm, project=project)
+    block = partial(BasicBlock, activation=activation, norm=norm, project=project, aligned=aligned)
     stem = {
-        "conv": convolution(channels, widths[0], 3, stride=stem_stride, bias=norm == "none"),
+        "conv": convolution(channels, widths[0], stem_kernel, stride=stem_stride, bias=norm == "none"),
         "norm": NORMS[norm](widths[0]),
         "activation": ACTIVATIONS[activation](),
     }
