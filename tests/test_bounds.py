@@ -33,6 +33,7 @@ from bitquorum.zoo import (
     Linear,
     MNISTconv,
     Network,
+    PadShortcut,
     PreActResNet18,
     ResNet18,
     ResNetCifar,
@@ -56,6 +57,7 @@ NETWORKS: dict[str, tuple[Network, int]] = {
     "cifarconv": (CIFARconv(width=2), 15),
     "mnistconv": (MNISTconv(width=2), 28),
     "small": (SmallResNet(widths=(2, 3, 4)), 6),
+    "aligned": (SmallResNet(widths=(2, 3, 4), stem_stride=2, stem_kernel=6, aligned=True), 8),
     "resnet8": (ResNetCifar(depth=8, width=2, activation="softplus"), 6),
     "resnet18": (ResNet18(width=2), 6),
     "preact18": (PreActResNet18(width=2), 6),
@@ -140,6 +142,18 @@ def test_no_point_of_the_ball_leaves_the_bounds_of_any_network(name: str):
     law = noisy[list(NETWORKS).index(name) % len(noisy)]
     policy = Policy(weight_bits=4, activation_bits=3, weight_law=law, activation_law=law, image_bits=6)
     check_sound(build(builder, side, policy, images), images)
+
+
+def test_a_shortcut_of_means_allows_for_the_rounding_of_its_sums():
+    images = torch.rand(20, 1, 4, 4)
+    shortcut = PadShortcut(extra=1, stride=2, mean=True)
+    point = Box(lower=images.double(), upper=images.double())
+    node, exact = (propagate(shortcut, point, Scope(rounding=rounding)) for rounding in (True, False))
+    rounded = shortcut(images).double()
+    assert (rounded != exact.lower).any()
+    assert ((node.lower <= rounded) & (rounded <= node.upper)).all()
+    choice = propagate(PadShortcut(extra=1, stride=2), point, Scope())
+    assert torch.equal(choice.lower, choice.upper)
 
 
 @pytest.mark.parametrize("law", LAWS)
