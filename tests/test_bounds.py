@@ -28,6 +28,7 @@ from bitquorum.quantizers import (
 )
 from bitquorum.randomized import ActivationPruning, GaussianControl, LayerNoise, RandomPrecision, WeightNoise
 from bitquorum.zoo import (
+    BasicBlock,
     CIFARconv,
     DigitsNet,
     Linear,
@@ -146,7 +147,7 @@ def test_no_point_of_the_ball_leaves_the_bounds_of_any_network(name: str):
 
 def test_a_shortcut_of_means_allows_for_the_rounding_of_its_sums():
     images = torch.rand(20, 1, 4, 4)
-    shortcut = PadShortcut(extra=1, stride=2, mean=True)
+    shortcut = BasicBlock(1, 2, stride=2, activation="relu", norm="none", aligned=True).shortcut
     point = Box(lower=images.double(), upper=images.double())
     node, exact = (propagate(shortcut, point, Scope(rounding=rounding)) for rounding in (True, False))
     rounded = shortcut(images).double()

@@ -23,7 +23,6 @@ class PadShortcut(nn.Module):
     Args:
         extra: The number of channels to append.
         stride: The step in both directions, in pixels.
-        mean: Whether to take the mean of stride x stride pixels in place of the first of them. Not in the reference.
 
     Examples:
         >>> import torch
@@ -31,21 +30,20 @@ class PadShortcut(nn.Module):
         tensor([[4., 0., 0.]])
     """
 
-    def __init__(self, *, extra: int, stride: int, mean: bool = False) -> None:
+    def __init__(self, *, extra: int, stride: int) -> None:
         super().__init__()
         check_count("extra", extra, least=0)
         check_count("stride", stride)
-        self.extra, self.stride, self.mean = extra, stride, mean
+        self.extra, self.stride = extra, stride
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:
         """Return the image with fewer pixels and more channels."""
-        side = self.stride if self.mean else 1
-        taken = functional.avg_pool2d(x, side, self.stride)  # a slice would give gradients in another memory layout
+        taken = functional.avg_pool2d(x, 1, self.stride)  # a slice would give gradients in another memory layout
         return functional.pad(taken, (0, 0, 0, 0, 0, self.extra))
 
     def extra_repr(self) -> str:
         """Return the fields for `repr`."""
-        return f"extra={self.extra}, stride={self.stride}, mean={self.mean}"
+        return f"extra={self.extra}, stride={self.stride}"
 
 
 @final
@@ -64,8 +62,8 @@ class BasicBlock(nn.Module):
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`; with `none` the convolutions have biases.
         project: Whether the shortcut has weights where shapes differ.
-        aligned: Whether, at stride 2, the first kernel has 4x4 pixels and a `PadShortcut` takes means. Not in the
-            reference.
+        aligned: Whether, at stride 2, the first kernel has 4x4 pixels and the shortcut without weights takes means in
+            place of every second pixel. Not in the reference.
 
     Raises:
         InputError: if channels fall without `project`, or a name is unknown.
@@ -102,8 +100,10 @@ class BasicBlock(nn.Module):
             self.shortcut: nn.Module = nn.Identity()
         elif project:
             self.shortcut = nn.Sequential(*_pointwise(inputs, outputs, stride, bias=bias), NORMS[norm](outputs))
+        elif aligned:
+            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), PadShortcut(extra=outputs - inputs, stride=1))
         else:
-            self.shortcut = PadShortcut(extra=outputs - inputs, stride=stride, mean=aligned)
+            self.shortcut = PadShortcut(extra=outputs - inputs, stride=stride)
         self.activation2 = ACTIVATIONS[activation]()
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs rows columns"]:

@@ -23,8 +23,9 @@ class SmallResNet(Network):
     for its defaults and the free widths.
 
     Reference: the family of He et al., 2015, https://arxiv.org/abs/1512.03385, section 4.2, at depth 8.
-    Deviation: a smooth activation by default, for input-gradient penalties need second derivatives
-    (Rodríguez-Muñoz, Wang and Torralba, 2024, https://arxiv.org/abs/2409.20139).
+    Deviations: a smooth activation by default, for input-gradient penalties need second derivatives
+    (Rodríguez-Muñoz, Wang and Torralba, 2024, https://arxiv.org/abs/2409.20139); `stem_stride`, `stem_kernel` and
+    `aligned` are ours.
 
     Args:
         widths: Channels of the three stages, never falling.
@@ -36,7 +37,7 @@ class SmallResNet(Network):
         stem_kernel: Side of the stem's kernel in pixels, `None` for 3; even only if `stem_stride` is.
         aligned: Whether every stage of stride 2 looks as far to one side as to the other: the kernel of its strided
             convolution has 4x4 pixels, and its shortcut takes the mean of the four pixels of which `PadShortcut` drops
-            three. Not in the reference.
+            three.
 
     Raises:
         InputError: if a field is out of range, or an even kernel has an odd stride.
