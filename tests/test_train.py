@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -457,6 +458,37 @@ def test_layouts_agree():
     others, _ = fit(replace(one, channels_last=True))
     for name, value in weights.items():
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_narrow_strided_convolutions_trains_where_the_library_has_avx2_alone():
+    """Trained channels last, this ends by a signal: the library writes past its memory."""
+    code = """
+import torch
+from torch import nn
+from bitquorum.conversion import Policy
+from bitquorum.data import ImageSet
+from bitquorum.ensemble import Ensemble
+from bitquorum.objective import InputGradient, MemberCrossEntropy, Objective
+from bitquorum.train import Trainer
+
+network = nn.Sequential(
+    nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 16, 1, stride=2, bias=False), nn.ReLU(), nn.Flatten(1),
+    nn.Linear(16 * 16 * 16, 10),
+)
+images = (torch.arange(64 * 3 * 32 * 32) % 251).to(torch.uint8).view(64, 3, 32, 32)
+order = torch.arange(64)
+data = ImageSet(name="toy", split="train", images=images, labels=order % 10, classes=tuple("abcdefghij"), index=order)
+trainer = Trainer(epochs=3, batch_size=16, lr=0.01, precision="float32")
+objective = Objective(terms=(MemberCrossEntropy(), InputGradient()))
+for ensemble in (Ensemble([network]), Ensemble.build([network], [Policy()])):
+    trainer(ensemble, data, objective)
+print("done")
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_adversarial_training_runs():

@@ -28,7 +28,7 @@ from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
 from bitquorum.interface import BitquorumError, DataError, InputError, Method
-from bitquorum.kernels import bfloat16_pays
+from bitquorum.kernels import bfloat16_pays, memory_format
 from bitquorum.muon import Muon
 from bitquorum.objective import Objective, Reduce, Step
 from bitquorum.quantizers import Quantizer
@@ -75,7 +75,8 @@ class Trainer(Method):
         clip: Largest gradient norm; 0 for none.
         augment: Random changes of the training images.
         precision: `bfloat16` autocasts; `auto` does so on devices where it pays (see `kernels.bfloat16_pays`).
-        channels_last: Memory layout of images and convolutions.
+        channels_last: Memory layout of images and convolutions, but for networks with strided 1x1 convolutions of few
+            channels (see `kernels.memory_format`).
         calibration: Training images that set the first activation ranges; 0 keeps the guesses.
         checkpoint_seconds: Time between checkpoints.
         log_every: Steps between reports.
@@ -177,9 +178,8 @@ class _Training:
         self.trainer, self.objective = trainer, objective
         self.data = data.to(device) if device.type == "cuda" and data.images.nbytes <= _RESIDENT else data
         self.seed, self.device = seed, device
-        layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
-        self.layout = layout
-        self.ensemble = ensemble.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.layout = memory_format(ensemble, channels_last=trainer.channels_last)
+        self.ensemble = ensemble.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
         self.rank, self.world = _processes()
         self.per_epoch = len(data) // trainer.batch_size
         self.steps = trainer.epochs * self.per_epoch

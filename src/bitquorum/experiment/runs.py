@@ -275,9 +275,9 @@ def restored(
     train = training_images(experiment, data_root)
     for arm in experiment.arms:
         ensemble = restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
-        if (arm.trainer or experiment.trainer).channels_last:
-            ensemble = ensemble.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        yield arm, ensemble
+        asked = (arm.trainer or experiment.trainer).channels_last
+        layout = kernels.memory_format(ensemble, channels_last=asked)
+        yield arm, ensemble.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
 def _filled(ensemble: Ensemble, path: Path, arm: Arm) -> Ensemble:

@@ -23,11 +23,36 @@ from torch.autograd.function import once_differentiable
 
 from bitquorum.kernels import choice
 
+BLOCK = 16
+"""Channels that oneDNN handles at once; of fewer, channels last, it may misplace a gradient (`memory_format`)."""
+
 _SMALL = 36
 """Pixels of an output up to which the product pays with AMX, for every number of channels tried, from 64 to 512."""
 
 _STRIDED, _CHANNELS = 64, 64
 """Pixels of an output up to which, and channels of an input from which, it pays without AMX where there is a stride."""
+
+
+def memory_format(module: nn.Module, *, channels_last: bool = True) -> torch.memory_format:
+    """Return the memory layout to train a network in: channels last where asked for and safe.
+
+    With AVX2 and channels last, oneDNN's gradient of the weight of a strided 1x1 convolution writes past its memory
+    where there are fewer inputs than `BLOCK`, and ends the process or returns other numbers
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). A network that has one is laid out channels first, on every
+    device.
+
+    Examples:
+        >>> memory_format(nn.Conv2d(64, 128, 1, stride=2)), memory_format(nn.Conv2d(4, 8, 1, stride=2))
+        (torch.channels_last, torch.contiguous_format)
+    """
+    narrow = any(
+        isinstance(part, nn.Conv2d)
+        and part.kernel_size == (1, 1)
+        and max(part.stride) > 1
+        and part.in_channels // part.groups < BLOCK
+        for part in module.modules()
+    )
+    return torch.channels_last if channels_last and not narrow else torch.contiguous_format
 
 
 def fits_convolution(layer: nn.Module, x: Tensor) -> bool:

@@ -6,12 +6,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitquorum import kernels
 from bitquorum.zoo.network import ACTIVATIONS, NORMS, check_choice, check_count, convolution
 
 NORMED = tuple(name for name in NORMS if name != "none")
 """Names of the norm layers that normalize, for networks that do not train without."""
-
-_BLOCK = 16  # channels that a CPU's library handles at once
 
 
 @final
@@ -115,11 +114,10 @@ class BasicBlock(nn.Module):
 def _pointwise(inputs: int, outputs: int, stride: int, *, bias: bool = False) -> list[nn.Module]:
     """Return the layers of a 1x1 convolution.
 
-    Of few channels it takes its pixels first: with AVX2 and channels last, oneDNN's gradient of the weight of a strided
-    1x1 convolution writes past its memory where there are fewer inputs than its block has, and ends the process or
-    returns other numbers (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    Of few channels it takes its pixels first, so that the network can be trained channels last
+    (`kernels.memory_format`).
     """
-    if stride == 1 or inputs >= _BLOCK:
+    if stride == 1 or inputs >= kernels.BLOCK:
         return [convolution(inputs, outputs, 1, stride=stride, bias=bias)]
     return [PadShortcut(extra=0, stride=stride), convolution(inputs, outputs, 1, bias=bias)]
 
