@@ -29,7 +29,7 @@ float32 and, where a network trains in it, bfloat16; every other type runs plain
 """
 
 from bitquorum.kernels.choice import Mode, applies, compiler_available, mode, use
-from bitquorum.kernels.convolution import BLOCK, convolve, fits_convolution, memory_format
+from bitquorum.kernels.convolution import CHANNEL_BLOCK, convolve, fits_convolution, memory_format
 from bitquorum.kernels.gelu import fits_gelu, gelu
 from bitquorum.kernels.layout import flatten, unflatten
 from bitquorum.kernels.mean import SmoothLawName, fits, slope, slope_and_curvature
@@ -48,7 +48,7 @@ from bitquorum.kernels.quantize import (
 from bitquorum.kernels.rounding import round_symmetric
 
 __all__ = [
-    "BLOCK",
+    "CHANNEL_BLOCK",
     "LawName",
     "MeanCode",
     "Mode",

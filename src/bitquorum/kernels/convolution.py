@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from bitquorum.kernels import choice
 
-BLOCK = 16
+CHANNEL_BLOCK = 16
 """Channels that oneDNN handles at once; of fewer, channels last, it may misplace a gradient (`memory_format`)."""
 
 _SMALL = 36
@@ -37,7 +37,7 @@ def memory_format(module: nn.Module, *, channels_last: bool = True) -> torch.mem
     """Return the memory layout to train a network in: channels last where asked for and safe.
 
     With AVX2 and channels last, oneDNN's gradient of the weight of a strided 1x1 convolution writes past its memory
-    where there are fewer inputs than `BLOCK`, and ends the process or returns other numbers
+    where there are fewer inputs than `CHANNEL_BLOCK`, and ends the process or returns other numbers
     (https://github.com/uxlfoundation/oneDNN/issues/6035). A network that has one is laid out channels first, on every
     device.
 
@@ -49,7 +49,7 @@ def memory_format(module: nn.Module, *, channels_last: bool = True) -> torch.mem
         isinstance(part, nn.Conv2d)
         and part.kernel_size == (1, 1)
         and max(part.stride) > 1
-        and part.in_channels // part.groups < BLOCK
+        and part.in_channels // part.groups < CHANNEL_BLOCK
         for part in module.modules()
     )
     return torch.channels_last if channels_last and not narrow else torch.contiguous_format

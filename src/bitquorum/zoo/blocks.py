@@ -117,7 +117,7 @@ def _pointwise(inputs: int, outputs: int, stride: int, *, bias: bool = False) ->
     Of few channels it takes its pixels first, so that the network can be trained channels last
     (`kernels.memory_format`).
     """
-    if stride == 1 or inputs >= kernels.BLOCK:
+    if stride == 1 or inputs >= kernels.CHANNEL_BLOCK:
         return [convolution(inputs, outputs, 1, stride=stride, bias=bias)]
     return [PadShortcut(extra=0, stride=stride), convolution(inputs, outputs, 1, bias=bias)]
 
