@@ -346,6 +346,28 @@ def weights(layer: QuantLayer) -> list[Tensor]:
     return [layer.quantizer.decode(torch.tensor(codes).view_as(weight)) for codes in itertools.product(*spans)]
 
 
+@pytest.mark.parametrize("conversion", [None, Policy()])
+def test_a_part_that_stands_at_several_places_is_bounded_at_each(conversion: Conversion | None):
+    images, activation = torch.rand(3, 1, 4, 4), nn.ReLU()
+    layers = [nn.Linear(16, 16), activation, nn.Linear(16, 16), activation, nn.Linear(16, 3)]
+    network = nn.Sequential(nn.Flatten(), *layers)
+    network = network if conversion is None else conversion(network)
+    calibrate(network, images)
+    check_sound(network.eval().requires_grad_(False), images)
+
+
+def test_hooks_and_other_forwards_are_refused():
+    """A hook may return anything, and the bounds of what the type says would not hold."""
+    images, labels = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])
+    before, after, other = (nn.Sequential(nn.Flatten(), nn.Linear(16, 3)) for _ in range(3))
+    before[1].register_forward_pre_hook(lambda _, args: (args[0].round(),))
+    after[1].register_forward_hook(lambda _, args, result: -result)
+    other[1].forward = lambda x: x[:, :3]
+    for network in (before, after, other, nn.utils.spectral_norm(nn.Sequential(nn.Flatten(), nn.Linear(16, 3))[1])):
+        with pytest.raises(InputError, match="got Linear with a hook or a forward of its own"):
+            margins(network, images if network in (before, after, other) else images.flatten(1), labels, epsilon=0.1)
+
+
 def test_modules_without_bounds_are_named():
     images, labels = torch.rand(2, 1, 6, 6), torch.tensor([0, 1])
     pruned = build(DigitsNet(width=2), 6, ActivationPruning(), images)

@@ -1,7 +1,7 @@
 """Read a network as nodes: a rule for each type of module, none for others."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def propagate(module: nn.Module, node: Node, scope: Scope) -> Node:
     """Return the node of a module's output for the node of its input, as in evaluation mode.
 
     Raises:
-        InputError: if the module, or one inside of it, is of a type without a rule; subclasses have none.
+        InputError: if the module, or one inside of it, is of a type without a rule, as subclasses are, or has hooks.
     """
     rule = RULES.get(type(module))
     if rule is None:
@@ -32,6 +32,12 @@ def propagate(module: nn.Module, node: Node, scope: Scope) -> Node:
         raise InputError(
             f"expected modules that have bounds, got {type(module).__name__}; known are {known}; give it a rule in "
             "`bitquorum.bounds.RULES`, or build the network of these"
+        )
+    if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
+        raise InputError(
+            f"expected modules that compute what their type says, got {type(module).__name__} with a hook or a forward "
+            "of its own, which bounds do not see; remove it, or make it a module with a rule in "
+            "`bitquorum.bounds.RULES`"
         )
     return rule(module, node, scope)
 
@@ -90,7 +96,7 @@ def _image(module: QuantImage, node: Node, scope: Scope) -> Node:
 
 
 def _sequence(module: nn.Module, node: Node, scope: Scope) -> Node:
-    for part in module.children():
+    for part in cast(nn.Sequential, module):  # a part may stand at several places
         node = propagate(part, node, scope)
     return node
 
@@ -152,7 +158,7 @@ def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, node: Node, scope: Scop
         raise InputError("expected batch norm with running statistics, got one without; it mixes the images of a batch")
     shape = (-1, *[1] * (node.lower.dim() - 2))
     dtype = node.lower.dtype
-    mean = module.running_mean.to(dtype)
+    mean = module.running_mean.to(dtype).clone()  # a later pass of a training step moves the buffer
     scale = (module.running_var.to(dtype) + module.eps).rsqrt()
     scale = scale if module.weight is None else scale * module.weight.to(dtype)
     bias = torch.zeros_like(mean) if module.bias is None else module.bias.to(dtype)
