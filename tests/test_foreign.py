@@ -165,6 +165,19 @@ def test_the_relaxed_copy_returns_the_same_and_has_gradients():
     assert float(found.abs().max()) > 0
 
 
+@pytest.mark.parametrize(("rounded", "names"), [(False, ["not-relaxed"]), (True, ["not-relaxed", "zero-gradient"])])
+def test_a_model_that_fails_under_relaxed_derivatives_is_judged_by_its_own(rounded: bool, names: list[str]):
+    def function(net: nn.Module, x: Tensor) -> Tensor:
+        if x.detach().requires_grad:
+            raise TypeError("no leaf")
+        return net((3 * x).round() / 3 if rounded else x)
+
+    model = wrap(Around(function).eval(), IMAGES)
+    assert [finding.name for finding in model.findings] == names
+    assert "TypeError: no leaf" in model.findings[0].text
+    assert torch.equal(model.relaxed_copy()(IMAGES), model(IMAGES))
+
+
 def test_quantizers_of_ours_take_their_noise_from_the_draw():
     quantized = convert(network(), Policy(weight_bits=3, activation_bits=3)).eval()
     model = wrap(quantized, IMAGES)
@@ -187,6 +200,9 @@ def test_normalization_belongs_into_the_model():
     assert torch.allclose(model(colours)[0, 0], net((colours - scale[0]) / scale[1]))
     with pytest.raises(InputError, match="positive deviation for each channel"):
         Normalized(net, [0.5], [0.0])
+    for ready in (model, Ensemble([net]).eval()):
+        with pytest.raises(InputError, match=f"got a {type(ready).__name__} with a mean"):
+            wrap(ready, colours, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.1])
 
 
 def test_features_are_what_the_last_layer_is_given():

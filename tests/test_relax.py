@@ -1,5 +1,6 @@
 """Test that relaxed derivatives change no value, reach where nothing else does, and leave quantizers of ours alone."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -40,6 +41,19 @@ def assigned(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(y)
 
 
+def implicit(scores: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the dimension that it chooses
+        return nn.Softmax()(scores)
+
+
+def logged(layer: nn.Module, x: Tensor) -> Tensor:
+    scores = layer(x)
+    assert float(scores.detach().cpu().numpy().mean()) == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert (scores > 0).tolist() == [[value > 0 for value in row] for row in scores.tolist()]
+    return scores
+
+
 HIDDEN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "round": lambda layer, x: layer((x * 3).round() / 3),
     "torch.floor": lambda layer, x: layer(torch.floor(x * 3) / 3),
@@ -53,6 +67,13 @@ HIDDEN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "both": lambda layer, x: layer(((x > 0.2) & (x < 0.7)).float()),
     "not": lambda layer, x: layer((~(x > 0.2)).float()),
     "where": lambda layer, x: layer(torch.where(x > 0.5, torch.ones_like(x), torch.zeros_like(x))),
+    "where of a view": lambda layer, x: layer(torch.where((x > 0.5)[:, :1].expand_as(x), torch.ones_like(x), -1.0)),
+    "where of a tensor": lambda layer, x: layer(torch.ones_like(x).where(x > 0.5, torch.zeros_like(x))),
+    "not of a view": lambda layer, x: layer((~(x > 0.5).view(-1, 6)).float()),
+    "joined masks": lambda layer, x: layer(torch.cat([x[:, :3] > 0.5, x[:, 3:] < 0.5], 1).float()),
+    "parted mask": lambda layer, x: layer(torch.cat([part.float() for part in (x > 0.5).chunk(2, 1)], 1)),
+    "keyword": lambda layer, x: layer(torch.gt(x, other=0.5).float()),
+    "counted": lambda layer, x: layer((x > torch.linspace(0.1, 0.9, 7)[:, None, None]).sum(0).float()),
     "one_hot": lambda layer, x: F.one_hot(layer(x).argmax(-1), 4).float(),
     "scatter": ones,
     "saturated softmax": lambda layer, x: (1e4 * layer(x)).softmax(-1),
@@ -61,6 +82,13 @@ SHOWN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "plain": lambda layer, x: layer(x),
     "indexed by a mask": assigned,
     "masked_fill": lambda layer, x: layer(x.masked_fill(x < 0.3, 0.0)),
+    "masked_fill of a view": lambda layer, x: layer(x.masked_fill((x < 0.3)[:, :1], 0.0)),
+    "masked_fill by keyword": lambda layer, x: layer(x.masked_fill(mask=x < 0.3, value=0.0)),
+    "masked_fill_": lambda layer, x: layer(x.clone().masked_fill_((x < 0.3).reshape(x.shape), 0.0)),
+    "places of a mask": lambda layer, x: layer(x.index_put(torch.where(x < 0.3), torch.tensor(0.0))),
+    "exclusive or": lambda layer, x: layer(x * ((x > 0.2) ^ (x > 0.7)).float()),
+    "softmax without a dimension": lambda layer, x: implicit(layer(x)),
+    "logged": logged,
     "infinity": lambda layer, x: layer(torch.where(x > 0.3, x, -torch.inf).softmax(-1)),
     "median": lambda layer, x: torch.stack([layer(x), layer(2 * x), layer(3 * x)]).median(0).values,
     "kthvalue": lambda layer, x: layer(x) * (layer(x) >= layer(x).kthvalue(3, dim=-1, keepdim=True).values),
@@ -116,6 +144,26 @@ def test_a_comparison_has_the_derivative_of_a_sigmoid():
     y = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad((((y - 0.5) / 0.2).sigmoid() * torch.linspace(1, 2, 6)).sum(), y)
     assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_the_greater_of_two_keeps_its_derivative():
+    module, x = Layer(lambda _, x: x - torch.max(x, torch.full_like(x, 0.5))), torch.rand(5, 6)
+    _, own = gradient(module, x)
+    with relaxed(module):
+        _, found = gradient(module, x)
+    assert torch.equal(own, found)
+
+
+def test_a_filled_mask_has_the_derivative_of_its_step():
+    """Where x leaves the mask, what is in its place leaves too: x - 0.3 times the slope, which a fill alone hides."""
+    x = torch.rand(5, 6)
+    leaf = x.clone().requires_grad_()
+    with relaxed(nn.Identity()):
+        value = leaf.masked_fill(leaf < 0.3, 2.0)
+    (found,) = torch.autograd.grad(value.sum(), leaf)
+    step = (x - 0.3) / 0.1
+    slope = -(step.sigmoid() * (-step).sigmoid()) / 0.1
+    assert torch.allclose(found, (x >= 0.3).float() + slope * (2.0 - x), rtol=1e-4, atol=1e-5)
 
 
 def test_an_order_statistic_after_subtracted_maxima_has_the_derivative_of_the_mean():

@@ -30,7 +30,7 @@ class Finding:
     """Say what was noticed about a model, and what is done about it.
 
     Attributes:
-        name: `training-mode`, `random`, `unseeded`, `probabilities`, `votes` or `zero-gradient`.
+        name: `training-mode`, `random`, `unseeded`, `probabilities`, `votes`, `zero-gradient` or `not-relaxed`.
         text: One sentence for the reader of a report.
     """
 
@@ -87,8 +87,9 @@ class Wrapped(nn.Module):
         return any(finding.name == "zero-gradient" for finding in self.findings)
 
     def relaxed_copy(self) -> "Wrapped":
-        """Return the same model, sharing its weights, with relaxed derivatives."""
-        return Wrapped(self.module, noise=self.noise, scale=self.scale, relax=True, findings=self.findings)
+        """Return the same model, sharing its weights, with relaxed derivatives; its own, where it fails under them."""
+        relax = all(finding.name != "not-relaxed" for finding in self.findings)
+        return Wrapped(self.module, noise=self.noise, scale=self.scale, relax=relax, findings=self.findings)
 
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw 1 batch classes"]:
         """Return the logits under every ambient draw; a module without noise is asked once."""
@@ -165,7 +166,7 @@ def wrap(
 
     A model in training mode is copied and put into evaluation mode. Probabilities and votes are turned into logarithms.
     Noise is found by calling twice; noise that no seed governs is allowed and reported. A model of which most images
-    have a gradient of zero is marked, so that attacks see relaxed derivatives.
+    have a gradient of zero is marked, so that attacks see relaxed derivatives; so is one that fails under them.
 
     Args:
         model: From images in [0, 1], or normalized ones where `mean` and `std` are given, to logits.
@@ -175,14 +176,20 @@ def wrap(
         std: Of each channel, by which is divided.
 
     Raises:
-        InputError: for a model that cannot be judged: no float output `[batch, classes]`, outputs that are not finite,
-            outputs that depend on the other images of the batch, labels beyond the classes, or an error of its own.
+        InputError: for `mean` and `std` of what is a model already, and for a model that cannot be judged: no float
+            output `[batch, classes]`, outputs that are not finite, outputs that depend on the other images of the
+            batch, labels beyond the classes, or an error of its own.
 
     Examples:
         >>> model = wrap(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softmax(-1)).eval(), torch.rand(5, 1, 2, 2))
         >>> [finding.name for finding in model.findings]
         ['probabilities']
     """
+    if isinstance(model, Wrapped | Ensemble) and (mean is not None or std is not None):
+        raise InputError(
+            f"expected a plain module to normalize images for, got a {type(model).__name__} with a mean or a "
+            "deviation; normalization belongs into its members"
+        )
     if isinstance(model, Wrapped):
         return model
     findings: list[Finding] = []
@@ -203,12 +210,19 @@ def wrap(
         _check_batch(model, probe, noisy=noise != "none" or is_stochastic(model))
     wrapped = Wrapped(model, noise=noise, scale=scale, findings=findings)
     flat = _flat_share(wrapped, probe)
+    try:
+        still_flat = _flat_share(wrapped.relaxed_copy(), probe) >= _FLAT
+    except Exception as error:  # whatever code of the model's own raises
+        still_flat = True
+        text = f"the model fails with relaxed derivatives ({type(error).__name__}: {error}); attacks see its own alone"
+        findings.append(Finding(name="not-relaxed", text=text))
     if flat >= _FLAT:
         share = f"{100 * flat:.0f} % of the images have no gradient at all"
         text = f"{share}; attacks see relaxed derivatives of rounding, comparisons, votes and the like"
-        if _flat_share(wrapped.relaxed_copy(), probe) >= _FLAT:
+        if still_flat:
             text = f"{share}, also with relaxed derivatives; only attacks without gradients work"
-        wrapped.findings = (*findings, Finding(name="zero-gradient", text=text))
+        findings.append(Finding(name="zero-gradient", text=text))
+    wrapped.findings = tuple(findings)
     return wrapped
 
 

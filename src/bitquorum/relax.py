@@ -5,8 +5,9 @@ backward pass (BPDA: Athalye et al., 2018, https://arxiv.org/abs/1802.00420, sec
 
 - `round`, `floor`, `ceil`, `trunc`: the derivative of the identity; `sign`: that of `tanh`.
 - A comparison of values that carry a gradient, `a > b` say, becomes a tensor of ones and zeros with the derivative of
-  the sigmoid of (a - b) / width. So do `&`, `|`, `~` and `where` of them.
-  Where another operation insists on booleans, it gets them, without a derivative.
+  the sigmoid of (a - b) / width, and so do functions of such masks: `&`, `|`, `~`, `where`, `masked_fill`, views.
+  Where a function of ones and zeros would return something else than of booleans, it gets booleans, without a
+  derivative.
 - A cast to integers and back: the derivative of the identity.
 - `detach`, `data` and code below `no_grad`: the derivative of the identity.
 - `argmax` that ends in `one_hot` or in a scatter of ones: the derivative of the softmax.
@@ -34,6 +35,7 @@ _COMPARISONS: Final = {"gt": 1.0, "ge": 1.0, "greater": 1.0, "greater_equal": 1.
     name: -1.0 for name in ("lt", "le", "less", "less_equal", "__lt__", "__le__")
 }
 _CASTS: Final = frozenset({"to", "type", "byte", "char", "short", "int", "long", "half", "bfloat16", "float", "double"})
+_LEAVES: Final = frozenset({"numpy", "__array__", "tolist", "item", "__float__", "__int__", "__bool__", "__index__"})
 _SAME_INDEX: Final = frozenset({"unsqueeze", "squeeze", "to", "long", "clone", "contiguous", "expand", "__getitem__"})
 
 
@@ -83,25 +85,24 @@ class _Relaxation(TorchFunctionMode):
             return None  # no_grad: what it encloses keeps its derivative
         if name in ("detach", "detach_", "data") and args:
             return args[0].clone() if name == "detach" else args[0]
+        if name in _LEAVES:
+            return func(*(_plain(value) for value in args), **kwargs)
         with torch.enable_grad():
             return self._call(name, func, args, kwargs)
 
     def _call(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(_is_mask(value) for value in _flat(args)) and name in _MASKED:
-            return _MASKED[name](*args)
-        try:
+        if any(_is_mask(value) for value in _flat((*args, *kwargs.values()))):
+            result = _of_masks(name, func, args, kwargs)
+        else:
             result = func(*args, **kwargs)
-        except (TypeError, RuntimeError, IndexError):
-            if not any(_is_mask(value) for value in _flat(args)):
-                raise
-            return func(*_booleans(args), **kwargs)
         if not args or not isinstance(args[0], Tensor):
             return result
         return self._replace(name, result, args[0], args, kwargs)
 
     def _replace(self, name: str, result: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in _COMPARISONS and any(_carries(value) for value in args[:2]):
-            difference = torch.sub(x, args[1]) * (_COMPARISONS[name] / self.width)
+        other = args[1] if len(args) > 1 else kwargs.get("other")
+        if name in _COMPARISONS and (_carries(x) or _carries(other)):
+            difference = torch.sub(x, other) * (_COMPARISONS[name] / self.width)  # type: ignore[arg-type]
             return _as_mask(_with_gradient_of(result.to(difference.dtype), difference.sigmoid()))
         if not _carries(x):
             return self._index(name, result, x, args)
@@ -110,12 +111,12 @@ class _Relaxation(TorchFunctionMode):
         if name == "argmax":
             dim = cast(int | None, args[1] if len(args) > 1 else kwargs.get("dim"))
             return result if dim is None else _mark(result, x, dim)
-        if name in ("amax", "max"):
+        if name in ("amax", "max") and not isinstance(other, Tensor):
             _values(result)._top_of = x  # type: ignore[union-attr]
         if name in ("sub", "__sub__", "subtract") and len(args) > 1 and getattr(args[1], "_top_of", None) is x:
             return _with_gradient_of(result, x)
         if name == "softmax":
-            return _unsaturated(result, x, args[1] if len(args) > 1 else kwargs.get("dim", -1))
+            return _unsaturated(result, x, other if len(args) > 1 else kwargs.get("dim"))
         if name in ("median", "kthvalue", "nanmedian"):
             return _of_middle(name, result, x, args, kwargs)
         if name in _CASTS and isinstance(result, Tensor) and not result.is_floating_point():
@@ -164,6 +165,35 @@ def _is_mask(value: Any) -> bool:
     return getattr(value, "_mask", False)
 
 
+def _of_masks(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a function of booleans returns, with a derivative where ones and zeros in their place give the same.
+
+    What is boolean then remains a mask.
+    """
+    in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    plain = None if in_place else func(*_booleans(args), **_booleans(kwargs))
+    if func == Tensor.where:
+        func, args = torch.where, (args[1], args[0], *args[2:])
+    try:
+        result = _MASKED.get(name, func)(*args, **kwargs)
+    except (TypeError, RuntimeError, IndexError):
+        return func(*_booleans(args), **_booleans(kwargs)) if in_place else plain
+    return result if in_place else _agreed(result, plain)
+
+
+def _agreed(result: Any, plain: Any) -> Any:
+    """Return a result where it has the values of the plain one, as a mask where that is boolean; else the plain one."""
+    if type(plain) is tuple and isinstance(result, tuple) and len(result) == len(plain):
+        return tuple(_agreed(*pair) for pair in zip(result, plain, strict=True))
+    if not (isinstance(result, Tensor) and isinstance(plain, Tensor) and result.shape == plain.shape):
+        return plain
+    if not torch.equal(result.detach().to(plain.dtype), plain.detach()):
+        return plain
+    if plain.dtype is not torch.bool:
+        return result.view_as(result) if _is_mask(result) else result  # `.float()` of a mask is that mask
+    return _as_mask(result) if result.is_floating_point() else plain
+
+
 def _where(mask: Any, one: Any, other: Any) -> Any:
     if not _is_mask(mask):
         return torch.where(mask, one, other)
@@ -172,20 +202,25 @@ def _where(mask: Any, one: Any, other: Any) -> Any:
     return torch.where(mask.detach().bool(), one, other) + (mask - mask.detach()) * slope
 
 
+def _filled(x: Any, mask: Any, value: Any) -> Any:
+    return _where(mask, value, x)
+
+
 def _both(one: Any, other: Any) -> Tensor:
-    return _as_mask(one * other)
+    return one * other
 
 
 def _either(one: Any, other: Any) -> Tensor:
-    return _as_mask(one + other - one * other)
+    return one + other - one * other
 
 
 def _neither(mask: Tensor) -> Tensor:
-    return _as_mask(1 - mask)
+    return 1 - mask
 
 
 _MASKED: Final[dict[str, Callable[..., Any]]] = {
     "where": _where,
+    "masked_fill": _filled,
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__", "__rand__"), _both),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__", "__ror__"), _either),
     **dict.fromkeys(("logical_not", "bitwise_not", "__invert__"), _neither),
@@ -200,12 +235,18 @@ def _flat(args: Any) -> Iterator[Any]:
             yield value
 
 
-def _booleans(args: Any) -> Any:
-    made = [
-        _booleans(value) if isinstance(value, tuple | list) else value.detach().bool() if _is_mask(value) else value
-        for value in args
-    ]
-    return tuple(made)
+def _booleans(values: Any) -> Any:
+    """Return arguments with booleans in the place of masks."""
+    if isinstance(values, dict):
+        return {key: _booleans(value) for key, value in values.items()}
+    if isinstance(values, tuple | list):
+        return tuple(_booleans(value) for value in values)
+    return values.detach().bool() if _is_mask(values) else values
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without a derivative, as what leaves torch has it."""
+    return _booleans(value).detach() if isinstance(value, Tensor) else value
 
 
 def _with_gradient_of(value: Tensor, smooth: Tensor) -> Tensor:
@@ -222,7 +263,9 @@ def _values(result: Any) -> Any:
     return result if isinstance(result, Tensor) else result.values
 
 
-def _unsaturated(result: Tensor, x: Tensor, dim: int) -> Tensor:
+def _unsaturated(result: Tensor, x: Tensor, dim: int | None) -> Tensor:
+    if dim is None:  # as torch chooses it where a caller does not
+        dim = 0 if x.dim() in (0, 1, 3) else 1
     top = x.detach().topk(min(2, x.shape[dim]), dim).values
     spread = (top.select(dim, 0) - top.select(dim, -1)).nan_to_num(1.0, 1.0, 1.0).clamp(min=1.0).unsqueeze(dim)
     return _with_gradient_of(result, (x / spread).softmax(dim).to(result.dtype))
