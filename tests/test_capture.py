@@ -1,5 +1,7 @@
 """Test which steps may be recorded, that a recorded one is a plain one, and that weights may be tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from bitquorum.conversion import Policy
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.objective import FeatureMI, InputGradient, MemberCrossEntropy, Objective, Reduce, Step
-from bitquorum.quantizers import Deterministic, SmoothRounding
+from bitquorum.quantizers import Deterministic, Logistic, SmoothRounding
 from bitquorum.randomized import RandomPrecision
 from bitquorum.train import Progress, Trainer
 from bitquorum.zoo import SmallResNet
@@ -47,6 +49,8 @@ def test_only_steps_that_are_the_same_kernels_are_recorded():
     assert not fits_capture(ensemble(), objective, torch.device("cpu"))
     noisy = Policy(weight_bits=4, activation_bits=4)
     assert not fits_capture(ensemble(noisy), objective, cuda), "noise of weights is keyed by the seed alone"
+    learned = replace(QUIET, activation_law=Logistic(learned=True))
+    assert not fits_capture(ensemble(learned), objective, cuda), "the width of a sum follows a learned noise scale"
     network = SmallResNet(widths=(4, 4, 8))(classes=3, shape=(3, 8, 8))
     switched = Ensemble.build([network], [RandomPrecision()])
     assert not fits_capture(switched, Objective(terms=(MemberCrossEntropy(),)), cuda), "so is the choice of a network"

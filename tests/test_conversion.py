@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from bitquorum import rng, zoo
 from bitquorum.conversion import (
@@ -21,6 +22,8 @@ from bitquorum.conversion import (
     quantizers,
     restore,
 )
+from bitquorum.dorefa import Dorefa
+from bitquorum.ensemble import Ensemble
 from bitquorum.interface import InputError, NoEffectWarning
 from bitquorum.layers import QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer, StochasticRounding, Surrogate
@@ -160,6 +163,37 @@ def test_subclasses_of_known_layers_are_left_alone():
 
     with pytest.warns(NoEffectWarning, match="changed nothing"):
         convert(nn.Sequential(Mine(2, 2)), Policy())
+
+
+@pytest.mark.parametrize("change", [nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])
+def test_a_weight_that_a_hook_makes_is_refused(change):
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    change(network[2])
+    network(torch.rand(3, 4)).sum().backward()
+    for conversion in (Policy(), Dorefa(last=True, linear=True)):
+        with pytest.raises(InputError, match=r"^2: expected a layer whose weight is a parameter"):
+            conversion(network)
+    if prune.is_pruned(network[2]):
+        prune.remove(network[2], "weight")
+        assert isinstance(convert(network, Policy())[2], QuantLayer)
+
+
+def test_weights_of_zero_are_warned_of():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.zeros_(network[2].weight)
+    with pytest.warns(NoEffectWarning, match="^2: the weights are all zero, so that training cannot move them"):
+        convert(network, Policy())
+    convert(network, Policy(overrides=(Override(pattern="last", weight_bits=None),)))
+
+
+def test_every_member_of_an_ensemble_is_restored():
+    network = mlp()
+    ensemble = Ensemble.build([network, network], [Policy(image_bits=4), Policy(weight_bits=2)])
+    back: Any = restore(ensemble)
+    assert not list(quantizers(back))
+    for member in back.members:
+        assert types(member) == types(network)
+        assert_same_state(member, network)
 
 
 def test_a_policy_without_bits_has_no_effect():
@@ -395,6 +429,18 @@ def test_calibrated_ranges_fit_what_reaches_them():
         error = (quantized[3].quantizer(smooth) - smooth).square().mean()
         assert error < levels.diff()[0].square() / 6  # rounding alone: a twelfth
     assert quantized[5].quantizer.levels()[[0, -1]].tolist() == pytest.approx([-1, 1])  # a known range stays
+
+
+def test_calibration_meets_an_activation_in_place_once():
+    """Each layer's input is activated by the calibration, to see its range, and then by the layer."""
+    ranges = []
+    for inplace in (False, True):
+        with rng.torch_seed(0):
+            network = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(8, 8), nn.Hardswish(inplace))))
+        quantized: Any = convert(network, FIXED)
+        calibrate(quantized, 9 * rng.uniform(0, torch.arange(50), 8))
+        ranges.append([float(quantized[place].quantizer.levels()[-1]) for place in (1, 3, 5, 7)])
+    assert ranges[0] == ranges[1]
 
 
 def test_calibration_mends_its_hooks_after_a_failure():

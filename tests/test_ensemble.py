@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -121,6 +122,33 @@ def test_draws_that_differ_from_the_image_on_share_nothing():
             module.register_forward_hook(lambda *call: rows.append(len(call[-1])))
     run(ensemble, torch.rand(5, 1, 8, 8), [1, 2])
     assert set(rows) == {10}
+
+
+def test_a_first_noise_that_is_used_again_repeats_the_batch_once():
+    shared = nn.ReLU()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), shared, nn.Linear(6, 6), shared, nn.Linear(6, 3)).double()
+    ensemble = Ensemble.build([network], [Policy(weight_bits=None)]).eval()
+    index = torch.tensor([8, 3, 1, 7, 2])
+    both = run(ensemble, images(), [1, 2], index)
+    assert both.shape == (2, 1, 5, 3)
+    for row, seed in enumerate([1, 2]):
+        assert torch.allclose(both[row], run(ensemble, images(), seed, index)[0], atol=1e-9)
+
+
+def test_hooks_of_a_member_see_every_draw():
+    ensemble, seen = build(), []
+    ensemble.members[0].register_forward_hook(lambda *call: seen.append(len(call[-1])))
+    run(ensemble, images(), [1, 2, 3])
+    assert seen == [15]
+
+
+def test_threads_may_share_an_ensemble():
+    ensemble = build()
+    expected = [run(ensemble, images(), [seed, seed + 1]) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda task: run(ensemble, images(), [task % 4, task % 4 + 1]), range(80)))
+    for task, logits in enumerate(found):
+        assert torch.equal(logits, expected[task % 4])
 
 
 def test_members_of_one_network_draw_differently():

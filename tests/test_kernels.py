@@ -166,6 +166,14 @@ def test_dense_layouts_are_kept_and_not_copied():
         assert result.stride() == z.stride()
 
 
+def test_a_copy_in_another_layout_lies_element_by_element_beside_it():
+    dense = values(4, 3, 5, 7)
+    for like in (*permuted(dense), dense[:, :1].expand(4, 3, 5, 7), dense[:1].expand(4, 3, 5, 7), dense[:, :, :1, :1]):
+        x = torch.arange(like.numel()).view(like.shape)
+        beside = layout.flatten(layout.like_layout(x, like))
+        assert torch.equal(layout.unflatten(beside, like), x)
+
+
 def test_results_carry_no_graph_and_leave_the_input_alone():
     z = values(4, 9).requires_grad_()
     before = z.detach().clone()

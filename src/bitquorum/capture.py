@@ -13,6 +13,7 @@ from torch import Tensor
 from bitquorum.ensemble import Ensemble
 from bitquorum.layers import QuantLayer
 from bitquorum.objective import Objective
+from bitquorum.quantizers import Quantizer, SmoothLaw
 from bitquorum.randomized import RandomSwitch
 
 WARMUP = 3
@@ -26,13 +27,15 @@ def fits_capture(ensemble: Ensemble, objective: Objective, device: torch.device)
     """Return whether a step is the same kernels each time: on CUDA, with terms that say so, and nothing else by chance.
 
     Noise of weights, and the choice of one network among several, are keyed by the seed alone, which a record holds
-    fixed.
+    fixed. How many thresholds are summed under a learned noise scale is read from its value.
     """
-    seeded = any(
-        isinstance(module, RandomSwitch) or (isinstance(module, QuantLayer) and module.quantizer.stochastic)
+    varies = any(
+        isinstance(module, RandomSwitch)
+        or (isinstance(module, QuantLayer) and module.quantizer.stochastic)
+        or (isinstance(module, Quantizer) and isinstance(module.law, SmoothLaw) and module.law.learned)
         for module in ensemble.modules()
     )
-    return device.type == "cuda" and not seeded and all(term.capturable for term in objective.terms)
+    return device.type == "cuda" and not varies and all(term.capturable for term in objective.terms)
 
 
 @final

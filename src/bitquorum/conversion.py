@@ -150,7 +150,7 @@ def convert(network: nn.Module, policy: Policy) -> nn.Module:
         InputError: if the network is quantized already, or an override matches nothing.
 
     Warns:
-        NoEffectWarning: if nothing was quantized.
+        NoEffectWarning: if nothing was quantized, or if the weights of a layer are all zero: they have no range.
 
     Examples:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -183,15 +183,13 @@ def rebuild(
         image: Quantizer of the image, if any.
 
     Raises:
-        InputError: if the network is quantized or noisy already.
+        InputError: if the network is quantized or noisy already, or a hook makes the weight of one of its layers.
 
     Warns:
-        NoEffectWarning: if nothing was replaced and the image is left alone.
+        NoEffectWarning: if nothing was replaced and the image is left alone, or if a layer's weights are all zero:
+            their range is a point then, and training cannot move them.
     """
-    if any(isinstance(module, Quantizer) for module in network.modules()):
-        raise InputError("expected a float network, got one that is quantized already; use `restore` first")
-    if any(isinstance(module, Noise) for module in network.modules()):
-        raise InputError("expected a float network, got one with noise; convert the network that it was made of")
+    _check_float(network)
     place, network = _place(network), copy.deepcopy(network)
     replaced: dict[int, nn.Module] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
@@ -213,11 +211,33 @@ def rebuild(
             NoEffectWarning,
             stacklevel=3,
         )
-    for module in network.modules():
+    for name, module in network.named_modules():
         if isinstance(module, Quantizer | Noise):
             module.to(*place)
+        if isinstance(module, QuantLayer) and isinstance(module.quantizer, Quantizer) and not module.layer.weight.any():
+            warnings.warn(
+                f"{name or 'the layer'}: the weights are all zero, so that training cannot move them once they are "
+                "quantized; initialize them, or leave the layer in float by an override",
+                NoEffectWarning,
+                stacklevel=3,
+            )
     set_addresses(network)
     return network
+
+
+def _check_float(network: nn.Module) -> None:
+    """Refuse a network that a conversion would spoil."""
+    if any(isinstance(module, Quantizer) for module in network.modules()):
+        raise InputError("expected a float network, got one that is quantized already; use `restore` first")
+    if any(isinstance(module, Noise) for module in network.modules()):
+        raise InputError("expected a float network, got one with noise; convert the network that it was made of")
+    for name, module in network.named_modules():
+        if type(module) in WEIGHTED and "weight" in vars(module):
+            raise InputError(
+                f"{name or 'the network'}: expected a layer whose weight is a parameter, got one whose weight a hook "
+                "makes, which a quantizer would pass by; remove the hook first, as `torch.nn.utils.prune.remove` and "
+                "`remove_spectral_norm` do"
+            )
 
 
 def restore(network: nn.Module) -> nn.Module:
@@ -232,12 +252,13 @@ def restore(network: nn.Module) -> nn.Module:
         )
     """
     network = copy.deepcopy(network)
-    if isinstance(network, QuantImage):
-        network = network.network
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if not isinstance(module, QuantLayer | QuantActivation):
+    for name, module in reversed(list(network.named_modules(remove_duplicate=False))):  # parts before what holds them
+        if isinstance(module, QuantImage):
+            inner = module.network
+        elif isinstance(module, QuantLayer | QuantActivation):
+            inner = module.layer if isinstance(module, QuantLayer) else module.activation
+        else:
             continue
-        inner = module.layer if isinstance(module, QuantLayer) else module.activation
         if not name:
             return inner
         parent, _, child = name.rpartition(".")
@@ -310,7 +331,7 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
     def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not isinstance(module, QuantActivation):
             return
-        inner = args[0] if module.absorbed else module.activation(args[0])
+        inner = args[0] if module.absorbed else module.activation(args[0].clone())  # it may work in place
         keep_grid = isinstance(module.activation, nn.Hardtanh | nn.ReLU6 | nn.Sigmoid | nn.Tanh)
         if not keep_grid:
             module.quantizer.fit_range(inner)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -131,7 +131,9 @@ class Ensemble(nn.Module):
     one that is both asks four times.
 
     Args:
-        members: Networks from images in [0, 1] to logits, quantized or float, with separate or shared weights.
+        members: Networks from images in [0, 1] to logits, quantized or float, with separate or shared weights. Their
+            noise is named after their place here from then on: give another ensemble a deep copy of a member, or the
+            members of this one may come to share noise.
         aggregation: How a prediction is made.
         passes: Number of draws that one prediction averages over.
         mirrored: Whether members also see the image mirrored left to right; for classes that a mirror image keeps.
@@ -238,15 +240,7 @@ class Ensemble(nn.Module):
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
         """Return the logits of each member on images of its own, under every ambient draw."""
         count = self._draws()
-        answers: list[Tensor] = []
-        for member, x in zip(self.members, images, strict=True):
-            noisy = _first_noise(member) if count > 1 else None
-            if noisy is None:
-                answers.append(member(x).expand(count, -1, -1))
-                continue
-            with _repeated(noisy, count):
-                answers.append(member(x).unflatten(0, (count, -1)))
-        return answers
+        return [_under_draws(member, x, count) for member, x in zip(self.members, images, strict=True)]
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
@@ -296,23 +290,24 @@ def classifier(member: nn.Module) -> nn.Module:
     return found[-1]
 
 
-def _first_noise(member: nn.Module) -> nn.Module | None:
-    """Return the first part of a member with noise, or `None`: all draws share what comes before it.
+def _under_draws(
+    member: nn.Module, x: Float[Tensor, "batch *image"], count: int
+) -> Float[Tensor, "draw batch classes"]:
+    """Return a member's logits under so many draws; in a plain sequence they share what comes before the first noise.
 
-    Of a member in training, whose norm layers count rows, and of one that is no plain sequence the only part is itself.
+    Not so in training, where norm layers count rows, nor where hooks expect the sequence itself to be called.
     """
-    parts = [*member, member] if type(member) is nn.Sequential and not member.training else [member]
-    return next((part for part in parts if is_stochastic(part)), None)
-
-
-@contextmanager
-def _repeated(part: nn.Module, count: int) -> Iterator[None]:
-    """Let a part of a network get its batch repeated for so many draws."""
-    hook = part.register_forward_pre_hook(lambda _, args: (_repeat(args[0], count), *args[1:]), prepend=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    whole = member.training or type(member) is not nn.Sequential or member._forward_hooks or member._forward_pre_hooks
+    parts = [member] if whole or count == 1 else [*cast(nn.Sequential, member)]
+    first = next((place for place, part in enumerate(parts) if is_stochastic(part)), len(parts))
+    for part in parts[:first]:
+        x = part(x)
+    if first == len(parts):
+        return x.expand(count, -1, -1)
+    x = x if count == 1 else _repeat(x, count)
+    for part in parts[first:]:
+        x = part(x)
+    return x.unflatten(0, (count, -1))
 
 
 def _repeat(x: Float[Tensor, "batch *rest"], count: int) -> Float[Tensor, "draws *rest"]:

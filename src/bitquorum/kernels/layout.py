@@ -30,7 +30,7 @@ def unflatten(flat: Tensor, like: Tensor, first: int = 0) -> Tensor:
 
 def like_layout(x: Tensor, like: Tensor) -> Tensor:
     """Return `x` in the memory order of another tensor of its shape: itself, or a copy."""
-    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return x if x.stride() == like.stride() else unflatten(x.new_empty(x.numel()), like).copy_(x)
 
 
 def logical_index(shape: torch.Size, order: tuple[int, ...], device: torch.device) -> Int[Tensor, "count"]:
