@@ -1,5 +1,6 @@
 """Test that certificates are never broken by an attack, rules of aggregation by logits; and the training for them."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -248,6 +249,22 @@ def test_the_term_has_gradients_through_group_norm_from_the_first_step():
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert found
     assert all(bool(gradient.isfinite().all()) for gradient in found)
+
+
+def test_a_later_pass_in_training_leaves_the_gradient_of_the_bounds_alone():
+    """Batch norm moves its running mean in place, and the bounds are linear in what they read of it."""
+    network = DigitsNet(width=4, norm="batch")(classes=10, shape=(1, 8, 8))
+    model = Ensemble.build([network], [Policy()]).train()
+    said, gradients = step(model, 1.0), []
+    for later in (False, True):
+        part = replace(said, ensemble=copy.deepcopy(model))
+        loss = IntervalBound()(part)
+        if later:
+            MemberCrossEntropy()(part)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in part.ensemble.parameters() if parameter.grad is not None])
+    assert gradients[0]
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_bad_term_is_refused():

@@ -542,6 +542,30 @@ def test_the_linearized_loss_is_that_under_attack_where_the_log_odds_are_linear(
     torch.testing.assert_close(loss, torch.stack(attacked).mean())
 
 
+def test_terms_under_attack_know_both_labels_of_mixed_images():
+    weights = [normal(16, 3, 8).double(), normal(17, 3, 8).double()]
+    x, labels = (uniform(18, 5, 1, 2, 4).double() / 2 + 0.25).requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
+    others, share = (labels + 1) % 3, torch.linspace(0, 1, 5).double()
+    own = step(linear(weights), x, labels)
+    mixed = replace(own, mixed=(others, share))
+    term = LinearizedLoss(epsilon=0.1)
+    rows = [slice(row, row + 1) for row in range(5)]
+    alone = [step(linear(weights), x.detach()[row].requires_grad_(), y[row]) for y in (labels, others) for row in rows]
+    first, second = torch.stack([term(said) for said in alone]).split(5)
+    torch.testing.assert_close(term(mixed), (share * first + (1 - share) * second).mean())
+    margin = InputGradient(loss="margin")
+    slopes = []
+    for w in weights:
+        logits = x.detach().flatten(1) @ w.T
+        best = [w[logits.scatter(1, y[:, None], -math.inf).argmax(1)] - w[y] for y in (labels, others)]
+        slopes.append(share[:, None] * best[0] + (1 - share)[:, None] * best[1])
+    torch.testing.assert_close(margin(mixed), torch.stack(slopes).abs().sum(-1).mean())
+    attack = PGD(steps=3)
+    found = attack(linear(weights), x.detach(), labels, epsilon=0.1, examples=own.examples, seed=own.seed).images
+    expected = replace(mixed, images=found).member_losses
+    torch.testing.assert_close(Adversarial(attack=attack, epsilon=0.1)(mixed), torch.stack(expected).mean())
+
+
 def test_a_small_linearized_rise_is_the_input_gradient_penalty():
     weights = [normal(16, 3, 8).double(), normal(17, 3, 8).double()]
     x, labels = uniform(18, 5, 1, 2, 4).double().requires_grad_(), torch.tensor([0, 1, 2, 0, 1])

@@ -66,8 +66,4 @@ class IntervalBound(Term):
                 ]
             return (-torch.stack(bounds)).logsumexp(-1)
 
-        loss = worst(step.labels)
-        if step.mixed is not None:
-            others, share = step.mixed
-            loss = share * loss + (1 - share) * worst(others)
-        return loss.mean()
+        return step.over_labels(worst).mean()

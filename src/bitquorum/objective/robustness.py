@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal, final, get_args
 
 import torch
@@ -16,7 +17,7 @@ from bitquorum import kernels, rng
 from bitquorum.attacks import PGD, Attack
 from bitquorum.attacks.base import view_loss
 from bitquorum.interface import InputError
-from bitquorum.objective.term import Step, Term, cross_entropy
+from bitquorum.objective.term import Step, Term
 
 Norm = Literal["l1", "l2"]
 Of = Literal["member", "ensemble"]
@@ -112,10 +113,9 @@ class InputGradient(Term):
         if self.of == "ensemble":
             logp = torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
             logits = [logp]
-        losses = [
-            view_loss(z, step.labels, "margin") if self.loss else step.cross_entropy(z[:, None])[:, 0] for z in logits
-        ]
-        return [loss.mean(0) for loss in losses]
+        if self.loss is None:
+            return [step.cross_entropy(z[:, None])[:, 0].mean(0) for z in logits]
+        return [step.over_labels(partial(view_loss, z, loss="margin")).mean(0) for z in logits]
 
     def _size(self, flat: Float[Tensor, "batch pixels"]) -> Float[Tensor, ""]:
         if self.norm == "l1":
@@ -131,7 +131,8 @@ class LinearizedLoss(Term):
     Cross-entropy is $\mathrm{softplus}(-m)$ of the log-odds $m = \log p_y - \log (1 - p_y)$. An attack of radius
     epsilon in the maximum norm takes at most $\epsilon \|\nabla_x m\|_1$ from log-odds that are linear in the image;
     the term is $E[\mathrm{softplus}(\epsilon \|\nabla_x m\|_1 - m) - \mathrm{softplus}(-m)]$, so that with
-    `MemberCrossEntropy` it sums to the loss under that attack. To first order in epsilon it is `InputGradient` of equal
+    `MemberCrossEntropy` it sums to the loss under that attack, for mixed images with either label, at the cost of a
+    second gradient. To first order in epsilon it is `InputGradient` of equal
     weight. Beyond, it differs where the network is sure: the gradient of cross-entropy vanishes with $1 - p_y$, the
     rise does so only where the log-odds exceed what the attack can take. It needs second derivatives. What
     `InputGradient` says of quantizers without noise holds here too: trainings with them ended at a constant answer.
@@ -169,13 +170,15 @@ class LinearizedLoss(Term):
         return _on_share(self._rise, step, self.share)
 
     def _rise(self, step: Step) -> Float[Tensor, ""]:
-        rises: list[Tensor] = []
-        for part in step.outputs.parts:
-            odds = log_odds(kernels.wide(part), step.labels).mean(0)
-            gradient = _slope(odds, step, self.statistics)
-            lost = self.epsilon * gradient.flatten(1).abs().sum(1)
-            rises.append((softplus(lost - odds) - softplus(-odds)).mean())
-        return torch.stack(rises).mean()
+        rises = [step.over_labels(partial(self._rise_of, part, step)) for part in step.outputs.parts]
+        return torch.stack([rise.mean() for rise in rises]).mean()
+
+    def _rise_of(
+        self, part: Float[Tensor, "draw batch classes"], step: Step, labels: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch"]:
+        odds = log_odds(kernels.wide(part), labels).mean(0)
+        lost = self.epsilon * _slope(odds, step, self.statistics).flatten(1).abs().sum(1)
+        return softplus(lost - odds) - softplus(-odds)
 
 
 def _check_statistics(statistics: str | None) -> None:
@@ -221,7 +224,8 @@ def log_odds(logits: Float[Tensor, "draw batch classes"], labels: Int[Tensor, "b
 class Adversarial(Term):
     """Fit the labels of adversarial images: PGD-AT when it stands alone (Madry et al., 2018, eq. 2.1).
 
-    A reference, never part of the headline. The attack meets the ensemble in evaluation mode.
+    A reference, never part of the headline. The attack meets the ensemble in evaluation mode. Of mixed images it
+    attacks the own label, and both are fitted.
 
     Attributes:
         attack: Any attack.
@@ -242,7 +246,7 @@ class Adversarial(Term):
                 examples=step.examples,
                 seed=step.seed,
             )
-        return cross_entropy(step.respond(found.images), step.labels).mean()
+        return step.cross_entropy(step.respond(found.images)).mean()
 
 
 @final

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,11 +63,17 @@ class Step:
         self, logits: Float[Tensor, "draw member batch classes"], smoothing: float = 0.0
     ) -> Float[Tensor, "draw member batch"]:
         """Return the cross-entropy with the labels of the batch, where images are mixed with those of both parts."""
-        loss = cross_entropy(logits, self.labels, smoothing)
+        return self.over_labels(lambda labels: cross_entropy(logits, labels, smoothing))
+
+    def over_labels(
+        self, loss: Callable[[Int[Tensor, "batch"]], Float[Tensor, "*views batch"]]
+    ) -> Float[Tensor, "*views batch"]:
+        """Return a loss with the labels of the batch; where images are mixed, its mean over both by their share."""
+        own = loss(self.labels)
         if self.mixed is None:
-            return loss
+            return own
         others, share = self.mixed
-        return share * loss + (1 - share) * cross_entropy(logits, others, smoothing)
+        return share * own + (1 - share) * loss(others)
 
     def respond(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
         """Return the logits of other images under the draw of this step."""
