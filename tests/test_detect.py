@@ -280,6 +280,17 @@ def test_scores_by_folds_keep_the_rate_that_scores_of_the_fitted_images_break():
     assert sum(naive) / 40 > 0.1 + 3 * error
 
 
+def test_folds_do_not_follow_the_order_of_the_images():
+    """Ten classes in turn and ten folds: were the folds dealt in turn too, each reference would miss a class."""
+    votes, labels = noisy_votes(7, 1, 2, 1000, 10, 0.9)
+    ordered = labels.argsort(stable=True)
+    least = int(labels.bincount().min())
+    turns = torch.stack([ordered[labels[ordered] == label][:least] for label in range(10)], 1).flatten()
+    shuffled = turns[torch.randperm(len(turns), generator=torch.Generator().manual_seed(0))]
+    found = [threshold_at(held_out_scores(PointwiseMI(), voting(votes[..., at], 10)), 0.05) for at in (turns, shuffled)]
+    assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
 def test_a_detector_holds_threshold_and_scale():
     logits = normal(15, 3, 2, 200, 4)
     detector = Detector.fit(Entropy(), logits, false_positives=0.1, aggregation=MajorityVote())

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitquorum import rng
 from bitquorum.detect.reference import CleanReference
 from bitquorum.detect.statistics import InputStatistic, Statistic
 from bitquorum.ensemble import Aggregation, MeanProbability
@@ -77,10 +78,11 @@ def held_out_scores(
 ) -> Float[Tensor, "images"]:
     """Return the score of each clean image under a reference that was fitted without it.
 
-    Image n belongs to fold n modulo `folds`; its reference is that of the other folds. A statistic that asks for no
-    reference gets plain scores. A new input is scored by the reference of all images: so the scores are those of
-    cross-conformal prediction, whose rate of false positives is near the nominal one, but guaranteed only up to twice
-    of it (Vovk, 2015, cross-conformal predictors; Barber et al., 2021, https://arxiv.org/abs/1905.02928).
+    Images are dealt to the folds by chance, the same at each call; the reference of one is that of the other folds. A
+    statistic that asks for no reference gets plain scores. A new input is scored by the reference of all images: so the
+    scores are those of cross-conformal prediction, whose rate of false positives is near the nominal one, but
+    guaranteed only up to twice of it (Vovk, 2015, cross-conformal predictors; Barber et al., 2021,
+    https://arxiv.org/abs/1905.02928).
 
     Raises:
         InputError: if there are fewer than two images or folds, or a single view where views are compared.
@@ -93,7 +95,9 @@ def held_out_scores(
         )
     if min(images, folds) < 2:
         raise InputError(f"expected at least two clean images and two folds, got {images} and {folds}")
-    fold = torch.arange(images, device=logits.device) % folds
+    order = rng.uniform(0, torch.arange(images), 1, address="fold")[:, 0].argsort(stable=True).to(logits.device)
+    fold = torch.empty_like(order)
+    fold[order] = torch.arange(images, device=logits.device) % folds  # in the order given, a fold might be a class
     scores = logits.new_empty(images)
     for index in range(min(folds, images)):
         held_out = fold == index
