@@ -93,6 +93,19 @@ def test_a_gradient_of_zero_changes_nothing():
     torch.testing.assert_close(weight.detach(), torch.ones(2, 3, 1, 1))
 
 
+def test_a_convolution_of_zeros_begins_to_move_and_keeps_its_norm_from_then_on():
+    moving, still = nn.Parameter(torch.zeros(2, 3, 1, 1)), nn.Parameter(torch.ones(2, 3, 1, 1))
+    optimizer, norms = Muon([moving, still], lr=0.1), []
+    for _ in range(3):
+        for weight in (moving, still):
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        norms.append(float(moving.detach().norm()))
+    assert 0.05 < norms[0] < 0.2
+    assert norms == pytest.approx([norms[0]] * 3)
+    assert float(still.detach().norm()) == pytest.approx(6**0.5)
+
+
 @pytest.mark.parametrize(("lr", "momentum"), [(0.0, 0.9), (-1.0, 0.9), (0.1, 1.0), (0.1, -0.1)])
 def test_bad_rates_are_refused(lr, momentum):
     with pytest.raises(InputError, match="expected lr above 0 and momentum"):

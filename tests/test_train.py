@@ -211,6 +211,30 @@ def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path: Path, stop: 
     assert kept == rows
 
 
+def test_dropout_is_resumed_to_the_same_bits_and_leaves_the_generator_alone(tmp_path: Path):
+    def network() -> Ensemble:
+        ensemble = members()
+        ensemble.members[0].insert(5, nn.Dropout(0.5))
+        return ensemble
+
+    trainer = replace(TRAINER, checkpoint_seconds=0.0, log_every=1)
+    state = torch.get_rng_state()
+    whole = trainer(network(), toy(), OBJECTIVE).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 5:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        trainer(network(), toy(), OBJECTIVE, checkpoint=tmp_path / "checkpoint", report=interrupt)
+    torch.rand(7)
+    ensemble = network()
+    trainer(ensemble, toy(), OBJECTIVE, checkpoint=tmp_path / "checkpoint")
+    assert identical(ensemble.state_dict(), whole)
+    assert not identical(trainer(network(), toy(), OBJECTIVE, seed=1).state_dict(), whole)
+
+
 def test_a_report_across_an_interruption_counts_every_step(
     tmp_path: Path, uninterrupted: tuple[dict[str, Tensor], Rows]
 ):
@@ -545,6 +569,30 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, bad: float
     ensemble.get_parameter("members.0.5.layer.bias").data.fill_(bad)
     with pytest.raises(DivergedError, match=r"finite loss, got nan before step 2.*lower lr"):
         replace(TRAINER, calibration=0)(ensemble, toy(), Objective())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoilt(Term):
+    """Be finite, with a gradient that is none, from half of the training on."""
+
+    def __call__(self, step: Step) -> Tensor:
+        loss = step.member_losses[0].mean()
+        if step.progress >= 0.5:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_weights_that_an_update_has_spoilt_are_neither_returned_nor_saved(tmp_path: Path, epochs: int):
+    """Not even by the last step, whose loss is computed before its update."""
+    path = tmp_path / "checkpoint"
+    trainer = replace(TRAINER, epochs=epochs, batch_size=32, checkpoint_seconds=0.0, log_every=1)
+    with pytest.raises(
+        DivergedError, match=r"finite weights, got NaN or infinity in members.* after step .*lower lr"
+    ):
+        trainer(members(), toy(), Objective(terms=(Spoilt(),)), checkpoint=path)
+    state, _ = load_tensors(path)
+    assert all(bool(value.isfinite().all()) for name, value in state.items() if name.startswith("model."))
 
 
 @pytest.mark.parametrize(

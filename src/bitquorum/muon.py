@@ -94,8 +94,8 @@ def _turn(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor],
     turns = orthogonalize_all(matrices) if matrices[0].is_cuda else [orthogonalize(matrix) for matrix in matrices]
     steps = [turn.view_as(weight) for turn, weight in zip(turns, weights, strict=True)]
     torch._foreach_sub_(weights, torch._foreach_mul(steps, group["lr"]))
-    factors = torch._foreach_div(norms, torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-12))
-    torch._foreach_mul_(weights, factors)
+    before, after = torch.stack(norms), torch.stack(torch._foreach_norm(weights)).clamp_min(1e-12)
+    torch._foreach_mul_(weights, torch.where(before > 0, before / after, 1.0).unbind())  # zeros have no norm to keep
 
 
 def _descend(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:

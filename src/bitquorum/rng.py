@@ -168,7 +168,16 @@ def _streams(seeds: tuple[int, ...], address: str, device: torch.device) -> Int[
 
 @contextmanager
 def torch_seed(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside the block and restore it afterwards (weight initialization)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Seed torch's global generators inside the block and restore them afterwards (weight initialization, dropout).
+
+    They are seeded one by one: `torch.manual_seed` writes down a traceback for devices that are not there.
+    """
+    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

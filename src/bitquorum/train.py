@@ -211,6 +211,7 @@ class _Training:
             if checkpoint is not None and now - saved > self.trainer.checkpoint_seconds:
                 self._save(checkpoint)
                 saved = now
+        self._check_weights()
         if checkpoint is not None:
             self._save(checkpoint)
         if self.average:
@@ -265,7 +266,8 @@ class _Training:
         else:
             seed = rng.derive(self.seed, "step", self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            loss, values = self._pass(batch, progress=progress, seed=seed)
+            with rng.torch_seed(rng.derive(seed, "torch", self.rank)):  # of dropout and the like
+                loss, values = self._pass(batch, progress=progress, seed=seed)
             self._reduce_gradients(len(batch[0]))
         if self.trainer.clip:
             nn.utils.clip_grad_norm_(self.ensemble.parameters(), self.trainer.clip)
@@ -295,7 +297,7 @@ class _Training:
             progress=progress,
             seed=seed,
             memory=self.memory,
-            reduce=_Mean() if self.world > 1 else Reduce(),
+            reduce=_Mean(len(images) / self.trainer.batch_size) if self.world > 1 else Reduce(),
             mixed=(mixed[0], mixed[1]) if mixed else None,
         )
         with self._autocast():
@@ -352,6 +354,15 @@ class _Training:
         if not math.isfinite(loss):
             raise DivergedError(f"expected a finite loss, got {loss} before step {self.step}; lower lr or set clip")
 
+    def _check_weights(self) -> None:
+        """Refuse weights that an update has spoilt, which the loss shows one step later: no checkpoint holds them."""
+        for name, weight in self.ensemble.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise DivergedError(
+                    f"expected finite weights, got NaN or infinity in {name} after step {self.step}; lower lr or set "
+                    "clip"
+                )
+
     def _due(self) -> bool:
         return self.step % self.trainer.log_every == 0
 
@@ -370,7 +381,8 @@ class _Training:
     def _save(self, path: Path) -> None:
         if self.rank:
             return
-        self._check_finite()  # a checkpoint never holds what a diverged loss has spoilt
+        self._check_finite()
+        self._check_weights()
         state = {f"model.{name}": value for name, value in self.ensemble.state_dict().items()}
         state |= {f"average.{name}": value for name, value in self.average.items()}
         state |= {f"memory.{name}": value for name, value in self.memory.items()}
@@ -412,12 +424,15 @@ class _Training:
 
 
 class _Mean(Reduce):
-    """Average over all processes."""
+    """Average over all processes, each by its share of the batch."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
 
     def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        total = x.clone()
+        total = self.share * x
         dist.all_reduce(total)
-        return total / dist.get_world_size()
+        return total
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
