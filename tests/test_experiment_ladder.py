@@ -191,6 +191,15 @@ def test_a_climb_of_an_earlier_version_goes_on(climbed: Run, tmp_path: Path):
     assert torch.equal(climb.rate, module.read_climb(path)[0].rate)
 
 
+def test_a_climb_on_other_images_is_refused(climbed: Run, copied: Run):
+    path = next(copied.path.glob("ladders/*/sq/climb@*.safetensors"))
+    tensors, facts = load_tensors(path)
+    save_tensors(path, tensors | {"examples": tensors["examples"].flip(0)}, facts)
+    (path.parent / "verdicts.jsonl").unlink()
+    with pytest.raises(DataError, match=r"on these .* images at .*climb@.*, got one on others; remove it"):
+        climb_run(copied, LADDER, arms=["sq"])
+
+
 def test_one_arm_at_a_time_ends_in_the_same_rows(climbed: Run, copied: Run):
     shutil.rmtree(copied.path / "ladders")
     assert {row["arm"] for row in climb_run(copied, LADDER, arms=["sq"])} == {"sq"}

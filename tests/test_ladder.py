@@ -250,6 +250,30 @@ def test_a_climb_goes_on_where_it_was_cut():
         assert torch.equal(getattr(again, name), getattr(whole, name)), name
 
 
+def test_a_climb_of_other_rungs_is_refused():
+    model, examples = random_network(), examples_of(10)
+    climb = ladder(FGSM(), PGD(steps=5, eot=4))(model, examples, epsilon=0.1)
+    with pytest.raises(InputError, match=r"expected an interrupted climb of .*APGD.*, got one of .*FGSM"):
+        ladder(APGD(steps=5, eot=2), PGD(steps=5, eot=4))(model, examples, epsilon=0.1, climb=climb)
+
+
+def test_images_that_are_skipped_are_those_of_the_smaller_ladder():
+    data = load("digits", "test")
+    first = ladder(FGSM(), examples=40).choose(data)
+    both = ladder(FGSM(), examples=100).choose(data)
+    rest = ladder(FGSM(), examples=60, skip=40).choose(data)
+    assert torch.equal(torch.cat([first.index, rest.index]).sort().values, both.index.sort().values)
+    assert torch.bincount(rest.labels).tolist() == [6] * 10
+    others = ladder(FGSM(), examples=0, skip=40).choose(data)
+    assert len(others) == len(data) - 40
+    assert not bool(torch.isin(others.index, first.index).any())
+    for wrong in ({"skip": len(data)}, {"skip": 40, "examples": len(data) - 39}):
+        with pytest.raises(InputError, match=f"expected at most {len(data)} images to skip and to take"):
+            ladder(FGSM(), **wrong).choose(data)
+    with pytest.raises(InputError, match="expected a number of images to skip of at least 1"):
+        ladder(FGSM(), skip=0)
+
+
 def test_the_second_look_at_a_version_is_kept_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
     model, examples = random_network(), examples_of(30)
     looked: list[tuple[int, bytes]] = []

@@ -587,9 +587,7 @@ def test_weights_that_an_update_has_spoilt_are_neither_returned_nor_saved(tmp_pa
     """Not even by the last step, whose loss is computed before its update."""
     path = tmp_path / "checkpoint"
     trainer = replace(TRAINER, epochs=epochs, batch_size=32, checkpoint_seconds=0.0, log_every=1)
-    with pytest.raises(
-        DivergedError, match=r"finite weights, got NaN or infinity in members.* after step .*lower lr"
-    ):
+    with pytest.raises(DivergedError, match=r"finite weights, got NaN or infinity in members.* after step .*lower lr"):
         trainer(members(), toy(), Objective(terms=(Spoilt(),)), checkpoint=path)
     state, _ = load_tensors(path)
     assert all(bool(value.isfinite().all()) for name, value in state.items() if name.startswith("model."))

@@ -116,7 +116,7 @@ class _Relaxation(TorchFunctionMode):
         if name in ("sub", "__sub__", "subtract") and len(args) > 1 and getattr(args[1], "_top_of", None) is x:
             return _with_gradient_of(result, x)
         if name == "softmax":
-            return _unsaturated(result, x, other if len(args) > 1 else kwargs.get("dim"))
+            return _unsaturated(result, x, cast(int | None, args[1] if len(args) > 1 else kwargs.get("dim")))
         if name in ("median", "kthvalue", "nanmedian"):
             return _of_middle(name, result, x, args, kwargs)
         if name in _CASTS and isinstance(result, Tensor) and not result.is_floating_point():

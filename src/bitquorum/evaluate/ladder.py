@@ -137,6 +137,8 @@ class Ladder(Method):
             `kernels.bfloat16_pays`), `None` on others. Judgment is never autocast, nor what gives an image up as
             broken, and every perturbation is kept in float32.
         seed: Of the choice of images, of attacks and of draws.
+        skip: Leave out the images of a ladder of so many examples and the same seed, and take the next ones: where a
+            recipe was chosen by what it left of those, they no longer speak for it. `None` leaves out none.
     """
 
     name: str
@@ -153,6 +155,7 @@ class Ladder(Method):
     check_images: int = 32
     precision: Literal["auto", "bfloat16"] | None = None
     seed: int = 0
+    skip: int | None = None
 
     def __post_init__(self) -> None:
         if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)) or min(self.epsilons) <= 0:
@@ -162,6 +165,8 @@ class Ladder(Method):
                 "expected at least one draw and one image per batch, and numbers of images of at least 0, got "
                 f"{self.draws}, {self.batch_size}, {self.examples} and {self.check_images}"
             )
+        if self.skip is not None and self.skip < 1:
+            raise InputError(f"expected a number of images to skip of at least 1, or none, got {self.skip}")
         if not 1 <= self.tries <= self.draws:
             raise InputError(f"expected tries from 1 to the {self.draws} draws, got {self.tries}")
         labels = [attack.label for attack in (self.claim, *self.rungs)]
@@ -171,10 +176,22 @@ class Ladder(Method):
             raise InputError(f"expected a claim that has the norm {self.norm}, got {self.claim.label}")
 
     def choose(self, data: ImageSet) -> ImageSet:
-        """Return the images to evaluate on: those of an `Evaluation` of equal number and seed."""
-        if not self.examples or self.examples >= len(data):
-            return data
-        return data.take(self.examples, seed=rng.derive(self.seed, "examples"))
+        """Return the images to evaluate on: without `skip` those of an `Evaluation` of equal number and seed.
+
+        Raises:
+            InputError: if fewer images are there than are to be skipped and taken.
+        """
+        seed, skip = rng.derive(self.seed, "examples"), self.skip or 0
+        count = skip + self.examples if self.examples else len(data)
+        if skip and (skip >= len(data) or count > len(data)):
+            raise InputError(
+                f"{data.name} ({data.split}): expected at most {len(data)} images to skip and to take, got {skip} and "
+                f"{self.examples or 'all others'}"
+            )
+        chosen = data if count >= len(data) else data.take(count, seed=seed)
+        if not skip:
+            return chosen
+        return chosen.select((~torch.isin(chosen.index, data.take(skip, seed=seed).index)).nonzero()[:, 0])
 
     def on(self, device: torch.device | str) -> "Ladder":
         """Return the ladder as a device climbs it: with an `auto` precision settled."""
@@ -233,10 +250,19 @@ class Ladder(Method):
             climb: Of an earlier, interrupted call; its rungs are not climbed again.
             on_step: Called after every rung with the climb so far.
             on_batch: Called with the rung's label, batches done and batches in all.
+
+        Raises:
+            InputError: if the rungs of the earlier climb are not those that this one begins with.
         """
         arena = Arena(model=model, shown=shown or model, examples=examples, ladder=self, sources=sources or {})
         climb = climb or arena.start(epsilon)
         rungs = self.rungs_for(model, list(arena.sources))
+        done = [step.rung for step in climb.steps[1:]]
+        if done != [rung.label for rung in rungs[: len(done)]]:
+            raise InputError(
+                f"expected an interrupted climb of {[rung.label for rung in rungs]}, got one of {done}; "
+                "remove what is stored of it to begin anew"
+            )
         for number, attack in enumerate(rungs, start=1):
             if number < len(climb.steps):
                 continue

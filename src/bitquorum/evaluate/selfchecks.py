@@ -266,7 +266,8 @@ def frozen_draw(bench: _Bench) -> Verdict | None:
     passed = not _above(left.float() - fresh)
     facts = {"frozen": float(left.float().mean()), "fresh": float(fresh.mean())}
     reason = (
-        f"with the draw known {100 * facts['frozen']:.1f} % stay right, with fresh draws {100 * facts['fresh']:.1f} %"
+        f"with the draw known {100 * facts['frozen']:.1f} % stay right, with fresh draws {100 * facts['fresh']:.1f} %; "
+        f"{_blind(bench.images)}"
     )
     return Verdict(name="frozen draw", passed=passed, reason=reason, facts=facts)
 
@@ -284,7 +285,7 @@ def eot_curve(bench: _Bench) -> Verdict | None:
     below = _above(worst - curve[2 * most])
     facts = {f"eot_{count}": float(values.mean()) for count, values in curve.items()}
     text = ", ".join(f"{100 * value:.1f} % at {name.removeprefix('eot_')}" for name, value in facts.items())
-    reason = f"accuracy by draws a step: {text}"
+    reason = f"accuracy by draws a step: {text}; {_blind(bench.images)}"
     if falls:
         reason += "; it still falls" + ("" if below else ", but not below the worst case of the ladder")
     return Verdict(name="EOT curve", passed=not (falls and below), reason=reason, facts=facts)
@@ -310,7 +311,7 @@ def effort(bench: _Bench) -> Verdict | None:
     if _above(worst - more):
         wrong.append("more steps of the first rung leave less than the whole ladder: raise its budget")
     text = f"1, {steps} and {4 * steps} steps leave {100 * facts['one_step']:.1f}, {100 * facts['steps']:.1f} and "
-    reason = "; ".join([f"{text}{100 * facts['four_times']:.1f} %", *wrong])
+    reason = "; ".join([f"{text}{100 * facts['four_times']:.1f} %", *wrong, _blind(bench.images)])
     return Verdict(name="effort", passed=not wrong, reason=reason, facts=facts)
 
 
@@ -479,6 +480,15 @@ def _score(differences: Float[Tensor, "images"]) -> float:
 def _above(differences: Float[Tensor, "images"]) -> bool:
     """Return whether paired differences in accuracy are positive beyond chance and beyond what matters."""
     return float(differences.mean()) > _LEAST and _score(differences) > _NORMAL
+
+
+def _blind(images: int) -> str:
+    """Say from which difference on, of images that are right on every draw or on none, `_above` sees it."""
+    changed = (torch.arange(images) < number for number in range(1, images + 1))
+    least = next((float(row.float().mean()) for row in changed if _above(row.float())), None)
+    if least is None:
+        return f"on {images} images no difference is seen"
+    return f"on {images} images a difference is seen from {100 * least:.0f} points on"
 
 
 def _tail(count: int, least: int, probability: float) -> float:

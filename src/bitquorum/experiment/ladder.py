@@ -147,7 +147,7 @@ def climb_arm(
     for epsilon in ladder.epsilons:
         path = folder / f"climb@{epsilon:.6f}.safetensors"
         started = time.monotonic()
-        before = read_climb(path, examples.images.device)[0] if path.exists() else None
+        before = _resumed(path, examples) if path.exists() else None
 
         def keep(climb: Climb, path: Path = path) -> None:
             nonlocal started
@@ -178,6 +178,16 @@ def climb_arm(
         common = {"arm": folder.name, "epsilon": epsilon, **norm_named(ladder)}
         rows += [{**common, **asdict(verdict)} for verdict in found]
     write_jsonl(folder / "verdicts.jsonl", rows)
+
+
+def _resumed(path: Path, examples: Examples) -> Climb:
+    climb, index = read_climb(path, examples.images.device)
+    if not torch.equal(index.cpu(), examples.index.cpu()):
+        raise DataError(
+            f"expected the state of a ladder on these {len(examples.index)} images at {path}, got one on others; "
+            "remove it"
+        )
+    return climb
 
 
 def _opinion_files(arms: Sequence[Arm], ladder: Ladder, names: Sequence[str]) -> list[str]:
