@@ -1,5 +1,6 @@
 """Test what a user of the command line sees: help, tables, clear errors, exit codes and resumable runs."""
 
+import errno
 import json
 import os
 import re
@@ -418,6 +419,9 @@ def test_corrupt_files_and_foreign_folders_are_named(
     bad = tmp_path / "bad.toml"
     bad.write_text("name = [")
     assert "expected TOML in" in refused(capsys, monkeypatch, "run", str(bad))
+    assert "expected a file for the page, got the folder ." in refused(
+        capsys, monkeypatch, "report", str(Path("results/digits").resolve()), "--to", "."
+    )
     message = refused(capsys, monkeypatch, "run", tiny, "--runs", tiny)
     assert f"expected {tiny}" in message
     folder = tmp_path / "runs"
@@ -426,6 +430,27 @@ def test_corrupt_files_and_foreign_folders_are_named(
     path.write_text(path.read_text()[:-20])
     assert str(path) in refused(capsys, monkeypatch, "show", "tiny", "--runs", str(folder))
     assert str(path) in refused(capsys, monkeypatch, "run", tiny, "--runs", str(folder))
+
+
+def test_one_bad_run_leaves_the_list_of_the_others(runs: Path, tmp_path: Path):
+    shutil.copytree(runs, tmp_path / "runs")
+    (bad,) = (tmp_path / "runs").glob("tiny-*")
+    shutil.copytree(bad, tmp_path / "runs" / "other-000000000000")
+    (rows,) = bad.glob("evaluations/*/metrics.jsonl")
+    rows.write_text("{}\n")
+    text = call("list", "--runs", str(tmp_path / "runs"))
+    assert f"{bad.name} ? ? unreadable" in text
+    assert "other-000000000000 digits 0 complete" in text
+
+
+def test_overrides_reach_what_a_file_leaves_out(tmp_path: Path):
+    path = tmp_path / "short.toml"
+    path.write_text('name = "short"\n')
+    found = read(str(path), ["trainer.epochs=3", "trainer.augment.crop=1", "data.train=20", "evaluation.examples=20"])
+    assert (found.trainer.epochs, found.trainer.augment.crop, found.data.train) == (3, 1, 20)
+    assert found.evaluation.examples == 20
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(str(path)).name == "short"
 
 
 def test_a_bad_call_leaves_no_run_behind(
@@ -446,6 +471,10 @@ def test_a_failure_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
         cli.main()
     assert cli._advice(BitquorumError("do this")) == "do this"
     assert cli._advice(OSError("no file named")) is None
+    assert "expected room for what is written, got: No space left" in str(
+        cli._advice(OSError(errno.ENOSPC, "No space left on device"))
+    )
+    assert "expected page.html to be" in str(cli._advice(OSError(errno.EISDIR, "a folder", ".part", None, "page.html")))
 
 
 @pytest.mark.long

@@ -145,6 +145,7 @@ def test_every_choice_changes_the_digest():
         ("evaluation.attacks=[{type='pdg'}]", r"evaluation\.attacks\.0\.type: expected one of .*did you mean 'pgd'\?"),
         ("evaluation.attacks=[{type='pgd', stpes=2}]", r"evaluation\.attacks\.0\.stpes: .*did you mean 'steps'\?"),
         ("evaluation.epsilons=[0.2, 0.1]", r"evaluation: expected increasing epsilons"),
+        ("evaluation.epsilons=[0.1, 0.1000002]", r"evaluation: expected increasing epsilons .* a millionth apart"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_its_place(override: str, message: str):

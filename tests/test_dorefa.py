@@ -9,7 +9,7 @@ from torch import nn
 from bitquorum import rng, zoo
 from bitquorum.conversion import calibrate, quantizers, restore, share_weights
 from bitquorum.dorefa import Dorefa, Pact, unit_tanh
-from bitquorum.interface import InputError
+from bitquorum.interface import InputError, NoEffectWarning
 from bitquorum.layers import QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Deterministic, Quantizer
 from bitquorum.quantizers.twin import twin
@@ -61,7 +61,8 @@ def test_the_gradient_of_a_weight_is_that_of_the_squashing():
 
 
 def test_weights_of_zero_stay_finite():
-    (quantized,) = inner(layer([0.0, 0.0]))
+    with pytest.warns(NoEffectWarning, match="weights are all zero"):
+        (quantized,) = inner(layer([0.0, 0.0]))
     assert quantized(torch.ones(1, 2, dtype=torch.float64)).isfinite().all()
 
 

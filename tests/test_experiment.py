@@ -1,5 +1,7 @@
 """Test that an experiment is stored whole, resumes to the same bits and never computes a thing twice."""
 
+import errno
+import math
 import os
 import shutil
 import signal
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from bitquorum.config import Arm, Experiment, parse
+from bitquorum.data import load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation
 from bitquorum.experiment import (
@@ -30,11 +33,11 @@ from bitquorum.experiment import (
     training_images,
 )
 from bitquorum.experiment import runs as module
-from bitquorum.files import load_tensors, read_jsonl, save_tensors
+from bitquorum.files import atomic_write, load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import DataError, InputError, Listener, MissingDataError
 from bitquorum.registry import encode, to_toml
 from bitquorum.store import Run
-from bitquorum.train import Trainer
+from bitquorum.train import Progress, Trainer
 from bitquorum.zoo import DigitsNet, Linear
 
 pytestmark = pytest.mark.long
@@ -320,6 +323,7 @@ def cut(path: Path) -> None:
 
 def test_corrupt_weights_are_named(copied: Run):
     path = copied.path / "arms" / "sq" / "weights.safetensors"
+    whole = shutil.copy(path, copied.path / "whole")
     cut(path)
     other = replace(TINY.evaluation, draws=1)
     with pytest.raises(DataError, match=r"corrupt.*restore or remove") as caught:
@@ -328,10 +332,18 @@ def test_corrupt_weights_are_named(copied: Run):
     save_tensors(path, {"weight": torch.zeros(2)})
     with pytest.raises(DataError, match=r"weights of arm 'sq'.*train again"):
         evaluate(copied, other)
+    shutil.copy(whole, path)
+    state, facts = load_tensors(path)
+    name = next(name for name, value in state.items() if value.dim() > 1)
+    state[name][0, 0] = math.nan
+    save_tensors(path, state, facts)
+    with pytest.raises(DataError, match=rf"expected finite weights at .*, got NaN or infinity in {name}"):
+        evaluate(copied, other)
     path.unlink()
     with pytest.raises(DataError, match=r"expected trained weights.*got none"):
         evaluate(copied, other)
     assert progress_of(copied) == "1 of 2 arms trained"
+    assert not module.evaluation_folder(copied, other).exists(), "no arm was attacked before that was known"
 
 
 def test_removed_weights_are_trained_again_to_the_same_bits(copied: Run, finished: Run):
@@ -420,6 +432,69 @@ def test_publishing_never_removes_files_of_another_kind(names: tuple[str, ...], 
     with pytest.raises(InputError, match="expected a new folder or a published run"):
         finished.publish(tmp_path)
     assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+def test_publishing_never_removes_a_folder_that_only_looks_like_a_run(finished: Run, tmp_path: Path):
+    for name, text in (("config.toml", 'title = "my site"'), ("posts/one.md", "mine")):
+        atomic_write(tmp_path / "site" / name, text)
+    with pytest.raises(InputError, match="expected a new folder or a published run"):
+        finished.publish(tmp_path / "site")
+    assert (tmp_path / "site" / "posts" / "one.md").read_text() == "mine"
+
+
+def test_a_publication_that_fails_leaves_the_earlier_one(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "results"
+    finished.publish(target)
+    (target / "table.md").write_text("of an earlier publication")
+    before = contents(Run(path=target))
+    written = []
+
+    def full(path: Path, content: bytes) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        atomic_write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bitquorum.store.atomic_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            finished.publish(target)
+    assert contents(Run(path=target)) == before
+    finished.publish(target)
+    assert not (target / "table.md").exists(), "the new one takes its place"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_test_images_of_another_kind_are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = load("digits", "test")
+    larger = replace(images, images=images.images.repeat(1, 1, 2, 2))
+    monkeypatch.setattr(
+        "bitquorum.experiment.runs.load", lambda name, split, root: larger if split == "test" else load(name, split)
+    )
+    with pytest.raises(DataError, match=r"test images like the training images, of shape \(1, 8, 8\) .*, got \(1, 16"):
+        run(TINY, tmp_path)
+    assert progress_of(create(TINY, tmp_path)) == "0 of 2 arms trained"
+
+
+def test_a_suite_is_not_called_corrupt(tmp_path: Path):
+    stored = Run.create(tmp_path, "bench-digits", {"type": "suite"})
+    with pytest.raises(InputError, match="expected a run of an experiment, got a suite at .*bitquorum show"):
+        evaluate(stored, TINY.evaluation)
+
+
+def test_a_day_and_more_is_counted_in_hours(tmp_path: Path):
+    heard: list[str] = []
+
+    class Hears(Listener):
+        def advance(self, done: int, note: str = "") -> None:
+            heard.append(note)
+
+    module._Log(tmp_path / "train.jsonl", Hears())(
+        Progress(step=1, steps=2, values={"loss": 0.5}, seconds_left=90_061.2)
+    )
+    assert heard == ["loss 0.500, 25:01:01 left"]
 
 
 def test_publishing_onto_the_run_itself_is_refused(finished: Run, tmp_path: Path):

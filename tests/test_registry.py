@@ -364,6 +364,8 @@ def test_a_key_that_is_no_string_is_refused():
         ("eps=a=b c", {"eps": "a=b c"}),
         ("eps=1\nb=2", {"eps": "1\nb=2"}),
         ('"dotted.key".a=2', {"dotted.key": {"a": 2}}),
+        ("trainer.augment.crop=2", {"trainer": {"epochs": 1, "augment": {"crop": 2}}}),
+        ("data.train=2", {"data": {"train": 2}}),
     ],
 )
 def test_overrides(override: str, expected: dict[str, Any]):
@@ -376,11 +378,6 @@ def test_overrides(override: str, expected: dict[str, Any]):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "trainr.epochs=3",
-            r"^trainr: expected a key among trainer, arms, got 'trainr'; did you mean 'trainer'",
-        ),
-        ("trainer.a.b=3", r"^trainer\.a: expected a key among epochs"),
         ("trainer.epochs.b=3", r"^trainer\.epochs: expected a table or a list, got 1"),
         ("arms.2.name=3", r"^arms: expected an index below 1, got '2'"),
         ("arms.-1.name=3", "index"),

@@ -252,6 +252,37 @@ def test_find(tmp_path: Path):
         Run.find(tmp_path / "missing", "digits")
 
 
+def test_a_config_alone_gives_way_to_a_run_with_work(tmp_path: Path):
+    worked, refused = (Run.create(tmp_path, "digits", {"seed": seed}) for seed in (1, 2))
+    with pytest.raises(InputError, match="expected one run"):
+        Run.find(tmp_path, "digits")
+    worked.write_environment()
+    assert Run.find(tmp_path, "digits") == worked
+    assert Run.find(tmp_path, refused.path.name) == refused
+    refused.write_environment()
+    with pytest.raises(InputError, match="expected one run"):
+        Run.find(tmp_path, "digits")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1, 2]", "[{}]"])
+def test_an_environment_of_other_json_is_named(tmp_path: Path, text: str):
+    run = Run.create(tmp_path, "digits", CONFIG)
+    (run.path / "environment.json").write_text(text)
+    with pytest.raises(DataError, match="expected a JSON list of sessions of work at .*environment.json"):
+        run.environments()
+
+
+def test_rows_without_what_they_must_hold_are_named(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"arm": "a", "value": 1}\n{"arm": "b"}\n')
+    assert len(read_jsonl(path, ("arm",))) == 2
+    with pytest.raises(DataError, match=r"expected a JSON object with arm, value in line 2"):
+        read_jsonl(path, ("arm", "value"))
+    path.write_text('{"arm": "a", "value": NaN}\n')
+    with pytest.raises(DataError, match=r"expected a JSON object in line 1"):
+        read_jsonl(path)
+
+
 def test_every_session_adds_its_environment(tmp_path: Path):
     run = Run.create(tmp_path, "digits", CONFIG)
     assert run.environments() == []

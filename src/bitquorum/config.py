@@ -177,13 +177,12 @@ def table_of(source: str, kind: str = "preset") -> dict[str, Any]:
         path = Path(source)
         if not path.is_file():
             raise ConfigError(f"expected a TOML file at {path}, got none; check the path")
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     else:
         known = presets(kind)
         if source not in known:
-            raise ConfigError(
-                f"expected a {kind} or a path that ends in .toml, got {source!r}; {nearest(source, known)}"
-            )
+            advice = nearest(source, known).replace("one of these", f"among {', '.join(known)}")
+            raise ConfigError(f"expected a {kind} or a path that ends in .toml, got {source!r}; {advice}")
         text = known[source]
     try:
         return tomllib.loads(text)

@@ -3,7 +3,7 @@
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -71,11 +71,15 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, "".join(json_row(row) for row in rows))
 
 
-def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
+def read_jsonl(path: Path | str, keys: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return the rows of a file of JSON lines; a cut last line is dropped, a missing file has no rows.
 
+    Args:
+        path: The file.
+        keys: What every row must hold.
+
     Raises:
-        DataError: if a complete line is no JSON object; the message names the line.
+        DataError: if a complete line is no JSON object with these keys, or holds NaN; the message names the line.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -86,7 +90,7 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
         ...     read_jsonl(path)
         [{'step': 1, 'loss': 0.5}]
     """
-    return [_parse(line, path, number) for number, line in enumerate(_complete_lines(path), start=1)]
+    return [_parse(line, path, number, keys) for number, line in enumerate(_complete_lines(path), start=1)]
 
 
 def truncate_jsonl(path: Path | str, rows: int) -> None:
@@ -203,16 +207,22 @@ def _complete_lines(path: Path | str) -> list[bytes]:
     return lines
 
 
-def _parse(line: bytes, path: Path | str, number: int) -> dict[str, Any]:
+def _parse(line: bytes, path: Path | str, number: int, keys: Collection[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
     except ValueError:
         row = None
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or not row.keys() >= set(keys):
+        wanted = f" with {', '.join(keys)}" if keys else ""
         raise DataError(
-            f"expected a JSON object in line {number} of {path}, got {line[:60]!r}; restore the file or remove the line"
+            f"expected a JSON object{wanted} in line {number} of {path}, got {line[:60]!r}; restore the file or remove "
+            "the line"
         )
     return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _sort_header(content: bytes) -> bytes:

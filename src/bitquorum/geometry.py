@@ -1,5 +1,6 @@
 """Measure and project perturbations of images in [0, 1]."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float, Shaped
@@ -8,6 +9,17 @@ from torch import Tensor
 from bitquorum import rng
 
 Norm = Literal["linf", "l2"]
+
+
+def increasing(epsilons: Sequence[float]) -> bool:
+    """Return whether radii increase, and by enough for the names of their results, which have six decimals.
+
+    Examples:
+        >>> increasing([0.1, 0.2]), increasing([0.2, 0.1]), increasing([0.1, 0.1000001])
+        (True, False, False)
+    """
+    names = [f"{epsilon:.6f}" for epsilon in epsilons]
+    return list(epsilons) == sorted(epsilons) and len(set(names)) == len(names)
 
 
 def norm_of(difference: Float[Tensor, "batch *image"], norm: Norm) -> Float[Tensor, "batch"]:

@@ -11,6 +11,7 @@ Files are replaced as a whole or grow by whole rows; a row cut by a kill is drop
 import fcntl
 import json
 import re
+import secrets
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from bitquorum.registry import digest, nearest, to_toml
 from bitquorum.toml import read_toml
 
 _PUBLISHED = (".toml", ".json", ".jsonl", ".md", ".csv", ".html")
+_SESSION = {"versions", "cpu", "cuda", "threads"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -105,6 +107,8 @@ class Run:
             return runs[text]
         fitting = [name for name in runs if name.rpartition("-")[0] == text]
         fitting = fitting or [name for name in runs if text and _fits(name, text)]
+        if len(fitting) > 1:  # a command that was refused may have left a config alone
+            fitting = [name for name in fitting if (runs[name].path / "environment.json").exists()] or fitting
         if len(fitting) > 1:
             raise InputError(f"expected one run, got {text!r}, which fits {', '.join(fitting)}; give more of it")
         if not fitting:
@@ -134,24 +138,35 @@ class Run:
     def publish(self, target: Path | str) -> None:
         """Copy config, environment, rows and tables to a folder: no weights, no images.
 
-        What an earlier run left there is removed.
+        A run of this kind that was published there before is replaced, once all is copied.
 
         Raises:
-            InputError: if the folder holds something else than a published run, or is or holds this run itself.
+            InputError: if the folder holds something else than such a run, or is or holds this run itself.
         """
-        target = Path(target)
-        if self.path.resolve().is_relative_to(target.resolve()):
+        target = Path(target).resolve()
+        if self.path.resolve().is_relative_to(target):
             raise InputError(f"expected a folder outside of the run, got {target}, which holds the run; choose another")
         if target.exists() and any(target.iterdir()):
             strange = any(p.is_file() and p.suffix not in _PUBLISHED for p in target.rglob("*"))
-            if strange or not (target / "config.toml").is_file():
+            if strange or not self.kind or Run(path=target).kind != self.kind:
                 raise InputError(
-                    f"expected a new folder or a published run at {target}, got other files; choose another"
+                    f"expected a new folder or a published run of this kind at {target}, got other files; choose "
+                    "another"
                 )
-            shutil.rmtree(target)
-        for path in sorted(self.path.rglob("*")):
-            if path.suffix in _PUBLISHED:
-                atomic_write(target / path.relative_to(self.path), path.read_bytes())
+        copy, earlier = (target.with_name(f".{target.name}.{secrets.token_hex(6)}.{end}") for end in ("part", "old"))
+        try:
+            for path in sorted(self.path.rglob("*")):
+                if path.is_file() and path.suffix in _PUBLISHED:
+                    atomic_write(copy / path.relative_to(self.path), path.read_bytes())
+            if target.exists():
+                target.rename(earlier)
+            copy.rename(target)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            if earlier.exists() and not target.exists():
+                earlier.rename(target)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
 
     def folder(self, *parts: str) -> Path:
         """Return a folder inside the run, made when it is missing.
@@ -190,8 +205,8 @@ class Run:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"expected a JSON list at {path}, got: {error}; restore or remove it") from error
-        if not isinstance(rows, list):
-            raise DataError(f"expected a JSON list at {path}, got {type(rows).__name__}; restore or remove it")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _SESSION for row in rows):
+            raise DataError(f"expected a JSON list of sessions of work at {path}, got other JSON; restore or remove it")
         return rows
 
     @contextmanager

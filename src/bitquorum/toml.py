@@ -74,11 +74,11 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         place: Any = changed
         for depth, part in enumerate(path):
             last = depth == len(path) - 1
-            index = _locate(place, part, ".".join(path[:depth]), may_be_new=last)
+            index = _locate(place, part, ".".join(path[:depth]))
             if last:
                 place[index] = _value(text.strip())
             else:
-                place = place[index]
+                place = place.setdefault(index, {}) if isinstance(place, dict) else place[index]
     return changed
 
 
@@ -127,7 +127,7 @@ def _value(text: str) -> Any:
     return text if len(table) > 1 or isinstance(value, datetime.date | datetime.time) else value
 
 
-def _locate(place: Any, part: str, path: str, *, may_be_new: bool) -> Any:
+def _locate(place: Any, part: str, path: str) -> Any:
     """Return `part` as a key of a table or an index of a list."""
     if isinstance(place, list):
         if part.isdecimal() and int(part) < len(place):
@@ -135,9 +135,6 @@ def _locate(place: Any, part: str, path: str, *, may_be_new: bool) -> Any:
         raise ConfigError(f"{path}: expected an index below {len(place)}, got {part!r}; choose an item it has")
     if not isinstance(place, dict):
         raise refusal(path, "a table or a list", place, f"it has no {part!r}: shorten the path")
-    if part not in place and not may_be_new:
-        keys = ", ".join(place) or "none"
-        raise ConfigError(f"{join(path, part)}: expected a key among {keys}, got {part!r}; {nearest(part, place)}")
     return part
 
 

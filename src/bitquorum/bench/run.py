@@ -84,7 +84,10 @@ def stored_suite(stored: Run) -> Suite:
 def summary(stored: Run) -> list[dict[str, Any]]:
     """Return one row for each defence of which an entry is stored, in the order of the suite, over its seeds."""
     suite = stored_suite(stored)
-    return summarize([row for entry in suite.entries() for row in read_jsonl(_file(stored, entry))], suite.reference)
+    return summarize(
+        [row for entry in suite.entries() for row in read_jsonl(_file(stored, entry), ("title", "seed"))],
+        suite.reference,
+    )
 
 
 def is_bench(stored: Run) -> bool:
@@ -131,7 +134,7 @@ def _take(entry: Entry, stored: Run, root: Path, known: Sequence[Path]) -> None:
         return
     places = [entry_folder(entry, root) / "row.json", *(folder / "entries" / path.name for folder in known)]
     for place in places:
-        for row in read_jsonl(place):
+        for row in read_jsonl(place, ("entry",)):
             if row["entry"] == key:
                 atomic_write(path, json_row(row))
                 return

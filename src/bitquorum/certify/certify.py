@@ -14,6 +14,7 @@ from bitquorum.certify.aggregate import holds
 from bitquorum.data import Batch, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Accuracy, interval, judge
+from bitquorum.geometry import increasing
 from bitquorum.interface import InputError, Method
 
 Statement: TypeAlias = Validity | Literal["clean"]
@@ -74,8 +75,8 @@ class Certify(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)):
-            raise InputError(f"expected increasing epsilons, at least one, got {self.epsilons}")
+        if not self.epsilons or not increasing(self.epsilons):
+            raise InputError(f"expected increasing epsilons, at least one, a millionth apart, got {self.epsilons}")
         if not all(0 < epsilon <= 1 for epsilon in self.epsilons):
             raise InputError(f"expected epsilons in (0, 1], got {self.epsilons}")
         known, wanted = get_args(Validity), self.statements

@@ -10,6 +10,7 @@
 | `machine` | `doctor`, `benchmark`, `data list`, `data get` |
 """
 
+import errno
 import sys
 import warnings
 
@@ -41,6 +42,9 @@ def _advice(error: Exception) -> str | None:
 
     if isinstance(error, BitquorumError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"expected room for what is written, got: {error.strerror}; make some, the same command goes on"
     if isinstance(error, OSError) and error.filename:
-        return f"expected {error.filename} to be readable or writable, got: {error.strerror}; choose another path"
+        path = error.filename2 or error.filename  # of a file that takes the place of another, that one
+        return f"expected {path} to be readable or writable, got: {error.strerror}; choose another path"
     return None

@@ -46,8 +46,7 @@ def certify(
     from bitquorum.report import certificate_table
     from bitquorum.store import Run
 
-    for query in queries:
-        stored = Run.find(runs, query)
+    for stored in [Run.find(runs, query) for query in queries]:
         given = [number(epsilon) for epsilon in epsilons or []]
         table = encode(Certify()) | {"epsilons": given or experiment.attacked_epsilons(stored)}
         chosen = decode(Certify, apply_overrides(table, changes or []))

@@ -188,7 +188,7 @@ def list_(
             else:
                 experiment = experiment_of(item)
                 facts = (experiment.data.name, str(experiment.seed), progress_of(item))
-        except BitquorumError:
+        except (BitquorumError, OSError, KeyError, TypeError, ValueError):  # whatever a file in its place may hold
             facts = ("?", "?", "unreadable; `bitquorum show` says why")
         rows.append((item.path.name, *facts))
     print_rows(("run", "data", "seed", "state"), rows)

@@ -42,8 +42,7 @@ def plane(
     from bitquorum.store import Run
 
     chosen = decode(Plane, apply_overrides(encode(Plane()), changes or []))
-    for query in queries:
-        stored = Run.find(runs, query)
+    for stored in [Run.find(runs, query) for query in queries]:
         with resumable(stored), bars() as listener:
             complete, rows = experiment.plane_run(
                 stored, chosen, device=device_named(device), data_root=data, listener=listener
@@ -79,8 +78,7 @@ def detect(
     from bitquorum.store import Run
 
     chosen = decode(Detection, apply_overrides(encode(Detection()), changes or []))
-    for query in queries:
-        stored = Run.find(runs, query)
+    for stored in [Run.find(runs, query) for query in queries]:
         with resumable(stored), bars() as listener:
             complete, rows = experiment.detect_run(
                 stored, chosen, device=device_named(device), data_root=data, listener=listener

@@ -19,6 +19,7 @@ from bitquorum.attacks import FGSM, PGD, Attack
 from bitquorum.data import Batch, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate.accuracy import Accuracy, interval
+from bitquorum.geometry import increasing
 from bitquorum.interface import Cost, InputError, Method
 
 CLEAN = "clean"
@@ -72,8 +73,8 @@ class Evaluation(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if list(self.epsilons) != sorted(set(self.epsilons)) or not all(0 < e <= 1 for e in self.epsilons):
-            raise InputError(f"expected increasing epsilons in (0, 1], got {self.epsilons}")
+        if not increasing(self.epsilons) or not all(0 < e <= 1 for e in self.epsilons):
+            raise InputError(f"expected increasing epsilons in (0, 1], a millionth apart, got {self.epsilons}")
         if min(self.draws, self.batch_size) < 1 or self.examples < 0:
             raise InputError(
                 "expected at least one draw and one image per batch and examples of at least 0, got "

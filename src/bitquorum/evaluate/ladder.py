@@ -22,7 +22,7 @@ from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
 from bitquorum.evaluate.sequential import SequentialTest, Tally
-from bitquorum.geometry import Norm, norm_of
+from bitquorum.geometry import Norm, increasing, norm_of
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.kernels import bfloat16_pays, wide
 from bitquorum.layers import Noise
@@ -158,8 +158,8 @@ class Ladder(Method):
     skip: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)) or min(self.epsilons) <= 0:
-            raise InputError(f"expected increasing positive epsilons, got {self.epsilons}")
+        if not self.epsilons or not increasing(self.epsilons) or min(self.epsilons) <= 0:
+            raise InputError(f"expected increasing positive epsilons, a millionth apart, got {self.epsilons}")
         if min(self.draws, self.batch_size) < 1 or min(self.examples, self.check_images) < 0:
             raise InputError(
                 "expected at least one draw and one image per batch, and numbers of images of at least 0, got "

@@ -43,8 +43,13 @@ def experiment_of(run: Run) -> Experiment:
     """Return the experiment that a stored run holds.
 
     Raises:
+        InputError: if it is a suite or a museum.
         DataError: if its config is missing, corrupt or not understood by this version.
     """
+    if run.kind in ("suite", "museum"):
+        raise InputError(
+            f"expected a run of an experiment, got a {run.kind} at {run.path}; `bitquorum show` prints its table"
+        )
     try:
         return parse(run.config())
     except ConfigError as error:
@@ -77,6 +82,8 @@ def run(
     if _is_trained(experiment, stored) and _is_complete(experiment, experiment.evaluation, results(stored)):
         return stored
     listener = listener or Listener()
+    train = training_images(experiment, data_root)
+    _test_images(experiment, experiment.evaluation, train, data_root)  # what is wrong is better known before training
     with working(stored, experiment, "run"):
         train_arms(experiment, stored, experiment.arms, device=device, data_root=data_root, listener=listener)
         if _first():
@@ -140,7 +147,8 @@ def evaluate(
 def results(stored: Run, evaluation: Method | None = None) -> list[dict[str, Any]]:
     """Return the stored rows of an evaluation, by default the experiment's own; none when it has not run."""
     chosen = evaluation or experiment_of(stored).evaluation
-    return read_jsonl(evaluation_folder(stored, chosen) / "metrics.jsonl")
+    keys = ("arm", "members", "epsilon", "attack", "value", "images", "draws")
+    return read_jsonl(evaluation_folder(stored, chosen) / "metrics.jsonl", keys)
 
 
 def progress_of(stored: Run) -> str:
@@ -196,10 +204,12 @@ def evaluate_arms(
     listener: Listener,
 ) -> list[dict[str, Any]]:
     """Attack every arm, cell by cell, and store outcomes and rows."""
+    train = training_images(experiment, data_root)
+    test = _test_images(experiment, evaluation, train, data_root)
+    for arm in experiment.arms:
+        restore_ensemble(experiment, arm, train, stored)  # what is missing is better known before the first attack
     folder = evaluation_folder(stored, evaluation)
     atomic_write(folder / "evaluation.toml", to_toml(encode(evaluation)))
-    train = training_images(experiment, data_root)
-    test = evaluation.choose(load(experiment.data.name, "test", root=data_root))
     rows: list[dict[str, Any]] = []
     for arm in experiment.arms:
         ensemble = restore_ensemble(experiment, arm, train, stored)
@@ -217,6 +227,21 @@ def evaluate_arms(
         rows += _rows(arm, cells, ensemble)
     write_jsonl(folder / "metrics.jsonl", rows)
     return rows
+
+
+def _test_images(experiment: Experiment, evaluation: Evaluation, train: ImageSet, data_root: Path | None) -> ImageSet:
+    """Return the images that an evaluation attacks.
+
+    Raises:
+        DataError: if they are not of the shape and classes of the training images.
+    """
+    test = load(experiment.data.name, "test", root=data_root)
+    if (train.shape, train.classes) != (test.shape, test.classes):
+        raise DataError(
+            f"{test.name}: expected test images like the training images, of shape {train.shape} in "
+            f"{len(train.classes)} classes, got {test.shape} in {len(test.classes)}; mend the data set"
+        )
+    return evaluation.choose(test)
 
 
 def training_images(experiment: Experiment, data_root: Path | None) -> ImageSet:
@@ -292,6 +317,11 @@ def _filled(ensemble: Ensemble, path: Path, arm: Arm) -> Ensemble:
             f"expected weights of arm {path.parent.name!r} at {path} that fit {arm.name!r}, got others: "
             f"{shorten(str(error), 200)}; remove the file and train again{start}"
         ) from error
+    for name, value in ensemble.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise DataError(
+                f"expected finite weights at {path}, got NaN or infinity in {name}; remove the file and train again"
+            )
     return ensemble
 
 
@@ -304,12 +334,13 @@ class _Log:
 
     def __call__(self, progress: Progress) -> None:
         if not self.clean:
-            kept = [row for row in read_jsonl(self.path) if row["step"] < progress.step]
+            kept = [row for row in read_jsonl(self.path, ("step",)) if row["step"] < progress.step]
             truncate_jsonl(self.path, len(kept))
             self.clean = True
         values = dict(sorted(progress.values.items()))  # a checkpoint does not keep their order
         append_jsonl(self.path, [{"step": progress.step, "split": "train", **values}])
-        left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds_left))
+        minutes, seconds = divmod(round(progress.seconds_left), 60)
+        left = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
         self.listener.advance(progress.step, f"loss {progress.values['loss']:.3f}, {left} left")
 
 

@@ -40,9 +40,11 @@ def write_page(runs: Sequence[Run], target: Path | str) -> Path:
         The file's path.
 
     Raises:
-        InputError: if there is no run, one is given twice, or plotly is not installed.
+        InputError: if there is no run, one is given twice, the target is a folder, or plotly is not installed.
         DataError: if a stored file is corrupt.
     """
+    if Path(target).is_dir():
+        raise InputError(f"expected a file for the page, got the folder {target}; add a name, such as report.html")
     page = _page(collect(runs))
     sections = [section(page) for section in SECTIONS]
     atomic_write(target, _document(page, sections))
