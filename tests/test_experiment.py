@@ -480,7 +480,7 @@ def test_test_images_of_another_kind_are_refused_before_training(tmp_path: Path,
 
 def test_a_suite_is_not_called_corrupt(tmp_path: Path):
     stored = Run.create(tmp_path, "bench-digits", {"type": "suite"})
-    with pytest.raises(InputError, match="expected a run of an experiment, got a suite at .*bitquorum show"):
+    with pytest.raises(InputError, match=r"expected a run of an experiment, got a suite at .*bitquorum show"):
         evaluate(stored, TINY.evaluation)
 
 

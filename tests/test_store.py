@@ -268,7 +268,7 @@ def test_a_config_alone_gives_way_to_a_run_with_work(tmp_path: Path):
 def test_an_environment_of_other_json_is_named(tmp_path: Path, text: str):
     run = Run.create(tmp_path, "digits", CONFIG)
     (run.path / "environment.json").write_text(text)
-    with pytest.raises(DataError, match="expected a JSON list of sessions of work at .*environment.json"):
+    with pytest.raises(DataError, match=r"expected a JSON list of sessions of work at .*environment\.json"):
         run.environments()
 
 
