@@ -146,6 +146,13 @@ def test_a_failed_entry_is_named_after_the_others_are_done(tmp_path, monkeypatch
         bench(small(setting=diverging, sources=()), Place(root=tmp_path))
 
 
+def test_too_few_images_for_the_detector_are_refused_before_training(tmp_path):
+    entry = small(examples=450, baselines=(Vanilla(),)).entries()[0]
+    with pytest.raises(InputError, match=r"at least 100 test images beside those of the ladder, .* got \d+ of \d+"):
+        work(entry, tmp_path)
+    assert not list(tmp_path.rglob("weights.safetensors"))
+
+
 def test_a_killed_entry_resumes_to_the_same_row(tmp_path, monkeypatch):
     entry = small(baselines=(Vanilla(),)).entries()[0]
     whole = work(entry, tmp_path / "whole")

@@ -14,13 +14,14 @@ from bitquorum.bench.measure import measure_detector, measure_time
 from bitquorum.bench.suite import Entry
 from bitquorum.config import Experiment
 from bitquorum.data import load
+from bitquorum.detect.detection import LEAST_CALIBRATION
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena
 from bitquorum.evaluate.complexity import complexity
 from bitquorum.experiment import create, restore_ensemble, train, training_images
 from bitquorum.experiment.ladder import climb_arm, examples_of, read_climb
 from bitquorum.files import atomic_write, json_row, read_jsonl
-from bitquorum.interface import Listener
+from bitquorum.interface import InputError, Listener
 from bitquorum.registry import digest, encode, to_toml
 from bitquorum.store import Run
 
@@ -45,12 +46,20 @@ def work(
         listener: Hears of progress.
 
     Raises:
-        BitquorumError: if data are missing, another process works on the same entry, or a stored file is corrupt.
+        BitquorumError: if data are missing or too few, another process works on the same entry, or a stored file is
+            corrupt.
     """
     stored = create(entry.experiment, root / CELLS)
     path = entry_folder(entry, root) / "row.json"
     if not path.exists():
         listener = listener or Listener()
+        test = load(entry.experiment.data.name, "test", root=data_root)
+        left = len(test) - len(entry.ladder.choose(test))
+        if left < LEAST_CALIBRATION:  # better known before the training
+            raise InputError(
+                f"expected at least {LEAST_CALIBRATION} test images beside those of the ladder, to set the detector's "
+                f"threshold on, got {left} of {len(test)}; lower `examples`"
+            )
         for experiment in (*entry.sources, entry.experiment):
             train(experiment, root / CELLS, device=device, data_root=data_root, listener=listener)
         with stored.lock(), kernels.use(entry.experiment.kernels):

@@ -290,7 +290,7 @@ def _check(calibration: Observed, clean: Observed, attacked: Sequence[Observed])
     if len(calibration.labels) < LEAST_CALIBRATION:
         raise InputError(
             f"expected at least {LEAST_CALIBRATION} held-out clean images, got {len(calibration.labels)}; "
-            "hold out more of the training images"
+            "hold out more images"
         )
     draws = {len(observed.logits) for observed in (calibration, clean, *attacked)}
     if len(draws) > 1:
