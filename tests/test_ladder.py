@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitquorum import rng
 from bitquorum.attacks import APGD, ARC, FGSM, PGD, SPSA, APGDTargeted, Attack, Kind, RandomNoise, Square
 from bitquorum.conversion import Policy, calibrate
+from bitquorum.data import load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena, Climb, Examples, Ladder, SequentialTest, interval, ladder_named
 from bitquorum.interface import Cost, InputError
