@@ -70,6 +70,8 @@ HIDDEN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "where of a view": lambda layer, x: layer(torch.where((x > 0.5)[:, :1].expand_as(x), torch.ones_like(x), -1.0)),
     "where of a tensor": lambda layer, x: layer(torch.ones_like(x).where(x > 0.5, torch.zeros_like(x))),
     "not of a view": lambda layer, x: layer((~(x > 0.5).view(-1, 6)).float()),
+    "where not": lambda layer, x: layer(torch.where(~(x > 0.5), torch.ones_like(x), -1.0)),
+    "where neither": lambda layer, x: layer(torch.where(~((x > 0.7) | (x < 0.2)), torch.ones_like(x), -1.0)),
     "joined masks": lambda layer, x: layer(torch.cat([x[:, :3] > 0.5, x[:, 3:] < 0.5], 1).float()),
     "parted mask": lambda layer, x: layer(torch.cat([part.float() for part in (x > 0.5).chunk(2, 1)], 1)),
     "keyword": lambda layer, x: layer(torch.gt(x, other=0.5).float()),

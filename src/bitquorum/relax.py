@@ -36,6 +36,7 @@ _COMPARISONS: Final = {"gt": 1.0, "ge": 1.0, "greater": 1.0, "greater_equal": 1.
 }
 _CASTS: Final = frozenset({"to", "type", "byte", "char", "short", "int", "long", "half", "bfloat16", "float", "double"})
 _LEAVES: Final = frozenset({"numpy", "__array__", "tolist", "item", "__float__", "__int__", "__bool__", "__index__"})
+_IN_PLACE: Final = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__iand__", "__ior__", "__ixor__"})
 _SAME_INDEX: Final = frozenset({"unsqueeze", "squeeze", "to", "long", "clone", "contiguous", "expand", "__getitem__"})
 
 
@@ -170,7 +171,7 @@ def _of_masks(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
     What is boolean then remains a mask.
     """
-    in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     plain = None if in_place else func(*_booleans(args), **_booleans(kwargs))
     if func == Tensor.where:
         func, args = torch.where, (args[1], args[0], *args[2:])
