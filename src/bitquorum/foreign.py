@@ -166,7 +166,8 @@ def wrap(
 
     A model in training mode is copied and put into evaluation mode. Probabilities and votes are turned into logarithms.
     Noise is found by calling twice; noise that no seed governs is allowed and reported. A model of which most images
-    have a gradient of zero is marked, so that attacks see relaxed derivatives; so is one that fails under them.
+    have a gradient of zero is marked, so that attacks see relaxed derivatives; where it fails under them,
+    attacks see its own.
 
     Args:
         model: From images in [0, 1], or normalized ones where `mean` and `std` are given, to logits.

@@ -46,12 +46,13 @@ def experiment_of(run: Run) -> Experiment:
         InputError: if it is a suite or a museum.
         DataError: if its config is missing, corrupt or not understood by this version.
     """
-    if run.kind in ("suite", "museum"):
+    config = run.config()
+    if config.get("type") in ("suite", "museum"):
         raise InputError(
-            f"expected a run of an experiment, got a {run.kind} at {run.path}; `bitquorum show` prints its table"
+            f"expected a run of an experiment, got a {config['type']} at {run.path}; `bitquorum show` prints its table"
         )
     try:
-        return parse(run.config())
+        return parse(config)
     except ConfigError as error:
         raise DataError(
             f"expected a config of this version in {run.path}/config.toml, got: {error}; restore or remove it"
@@ -206,13 +207,11 @@ def evaluate_arms(
     """Attack every arm, cell by cell, and store outcomes and rows."""
     train = training_images(experiment, data_root)
     test = _test_images(experiment, evaluation, train, data_root)
-    for arm in experiment.arms:
-        restore_ensemble(experiment, arm, train, stored)  # what is missing is better known before the first attack
+    ensembles = [restore_ensemble(experiment, arm, train, stored) for arm in experiment.arms]  # all, before any attack
     folder = evaluation_folder(stored, evaluation)
     atomic_write(folder / "evaluation.toml", to_toml(encode(evaluation)))
     rows: list[dict[str, Any]] = []
-    for arm in experiment.arms:
-        ensemble = restore_ensemble(experiment, arm, train, stored)
+    for arm, ensemble in zip(experiment.arms, ensembles, strict=True):
         done = [read_cell(path) for path in sorted((folder / arm.name).glob("*.safetensors"))]
         listener.begin(f"attack {arm.name}", 0)
         cells = evaluation(

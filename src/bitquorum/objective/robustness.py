@@ -132,10 +132,10 @@ class LinearizedLoss(Term):
     epsilon in the maximum norm takes at most $\epsilon \|\nabla_x m\|_1$ from log-odds that are linear in the image;
     the term is $E[\mathrm{softplus}(\epsilon \|\nabla_x m\|_1 - m) - \mathrm{softplus}(-m)]$, so that with
     `MemberCrossEntropy` it sums to the loss under that attack, for mixed images with either label, at the cost of a
-    second gradient. To first order in epsilon it is `InputGradient` of equal
-    weight. Beyond, it differs where the network is sure: the gradient of cross-entropy vanishes with $1 - p_y$, the
-    rise does so only where the log-odds exceed what the attack can take. It needs second derivatives. What
-    `InputGradient` says of quantizers without noise holds here too: trainings with them ended at a constant answer.
+    second gradient. To first order in epsilon it is `InputGradient` of equal weight. Beyond, it differs where the
+    network is sure: the gradient of cross-entropy vanishes with $1 - p_y$, the rise does so only where the log-odds
+    exceed what the attack can take. It needs second derivatives. What `InputGradient` says of quantizers without noise
+    holds here too: trainings with them ended at a constant answer.
 
     Reference for margins of a network made linear at the image: Elsayed et al., 2018, Large margin deep networks for
     classification, https://arxiv.org/abs/1803.05598, section 3. Deviation: log-odds in place of a margin for each other
