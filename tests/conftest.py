@@ -1,10 +1,41 @@
 """Check shapes and types at run time in every test, and keep the tests apart from each other."""
 
+import functools
+import inspect
 import typing
+from typing import Any
 
-from jaxtyping import install_import_hook
+import jaxtyping
+from beartype import BeartypeConf, beartype
 
-install_import_hook("bitquorum", "beartype.beartype")  # before the package is imported for the first time
+_jaxtyped = jaxtyping.jaxtyped
+_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+
+
+def _checked(subject: Any = None, **options: Any) -> Any:
+    """Check what the decorator of jaxtyping does, in less than half the time: arguments once, shapes where any are."""
+    if subject is None:
+        return functools.partial(_checked, **options)
+    if not inspect.isfunction(subject) or inspect.isgeneratorfunction(subject):
+        return _jaxtyped(subject, **options)
+    try:
+        hints = typing.get_type_hints(subject, include_extras=True)
+    except NameError:  # a type that only pyright sees
+        return _jaxtyped(subject, **options)
+    checked = _beartype(subject)
+    if "jaxtyping" not in str(hints):
+        return checked
+
+    @functools.wraps(subject)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with _jaxtyped("context"):  # equal names of dimensions are equal sizes within one call
+            return checked(*args, **kwargs)
+
+    return within
+
+
+jaxtyping.jaxtyped = _checked
+jaxtyping.install_import_hook("bitquorum", "beartype.beartype")  # before the package is imported for the first time
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

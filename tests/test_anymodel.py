@@ -57,6 +57,7 @@ def test_a_module_without_gradients_is_seen_with_relaxed_ones(digits: tuple[Tens
     assert "found: 100 % of the images have no gradient" in str(report)
 
 
+@pytest.mark.long
 def test_a_module_with_misleading_gradients_is_climbed_by_both(digits: tuple[Tensor, Tensor]):
     report = evaluate(Wrapped([network(0), network(1), network(2)], combine=crossmax).eval(), digits)
     assert [finding.name for finding in report.findings] == ["masked-gradient"]
@@ -64,6 +65,7 @@ def test_a_module_with_misleading_gradients_is_climbed_by_both(digits: tuple[Ten
     assert "from relaxed copy: PGD-10 margin" not in rungs(report)
 
 
+@pytest.mark.long
 def test_a_random_module_gives_the_same_report_again_and_leaves_the_generator_alone(digits: tuple[Tensor, Tensor]):
     noisy = nn.Sequential(nn.Dropout(0.1).train(), network(0))
     noisy.training = False

@@ -141,6 +141,7 @@ def test_returns_the_point_of_the_largest_margin_whatever_loss_it_climbs():
         assert torch.allclose(problem.loss(found, problem.goal, seeds=[0]), margins.amax(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "attack",
     [APGDTargeted(steps=5, eot=3, targets=4, restarts=2), FAB(steps=4, eot=2, targets=4), APGDTargeted(steps=6)],

@@ -449,6 +449,7 @@ def test_equal_calls_give_equal_images_and_touch_nothing(attack: Attack):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.long
 @given(
     attack=st.sampled_from(ATTACKS),
     epsilon=st.floats(0, 1, width=32),

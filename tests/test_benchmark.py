@@ -94,6 +94,7 @@ def test_an_evaluation_of_small_networks_has_a_peak():
 # Guards: ratios within one process, with room for noise
 
 
+@pytest.mark.long
 def test_an_attack_is_little_more_than_its_passes():
     sizes = Sizes(widths=(8, 16, 32), batch=64, steps=3)  # of 115 ms: a smaller one times the interpreter
     rows = measure(next(WORKLOADS["attack"](sizes)), repeats=7)

@@ -83,6 +83,7 @@ def test_square_finds_the_corner_that_is_optimal_for_a_linear_model():
     assert torch.allclose(found, optimum(model, images, labels, 0.1), atol=1e-6)
 
 
+@pytest.mark.long
 def test_square_finds_the_worst_corner_of_a_small_image_which_enumeration_knows():
     with rng.torch_seed(2):
         network = nn.Sequential(nn.Flatten(), nn.Linear(9, 24), nn.Tanh(), nn.Linear(24, 3))
@@ -127,6 +128,7 @@ def test_square_paints_rectangles_of_corner_values_that_shrink():
     assert [float(window[0]) for window in windows] == [49 / 64, 12 / 64, 6 / 64, 1 / 64]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [SPSA, NES])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_estimated_gradient_is_that_of_a_linear_loss(kind, norm):
@@ -147,6 +149,7 @@ def test_the_estimated_gradient_is_that_of_a_linear_loss(kind, norm):
     assert not torch.allclose(found[0], found[1]), "examples have directions of their own"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attack", [SPSA(steps=10, directions=64), NES(steps=10, directions=64)])
 def test_estimated_gradients_come_near_the_optimum_of_a_linear_model(attack):
     model, images, labels = linear(), 0.3 + 0.4 * torch.rand(20, 12), torch.arange(20) % 2

@@ -134,6 +134,7 @@ def respond(network: nn.Module, images: Tensor, validity: Validity, seed: int, i
     return logits.unflatten(0, (-1, len(index)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_point_of_the_ball_leaves_the_bounds_of_any_network(name: str):
     builder, side = NETWORKS[name]
@@ -157,6 +158,7 @@ def test_a_shortcut_of_means_allows_for_the_rounding_of_its_sums():
     assert torch.equal(choice.lower, choice.upper)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("bits", [1, 8])
 def test_no_point_leaves_the_bounds_of_any_law(law: str, bits: int):

@@ -172,6 +172,7 @@ def test_every_draw_can_be_certified_where_rounding_is_fine(digits: ImageSet):
         assert right[every.certified[0]].all()
 
 
+@pytest.mark.long
 def test_certificates_resume_and_do_not_depend_on_batches(trained: dict[str, Ensemble], digits: ImageSet):
     heard: list[object] = []
     first = CERTIFY(trained["plain"], digits, on_certificate=heard.append)

@@ -180,6 +180,7 @@ def test_train_then_evaluate(tiny: str, tmp_path: Path):
     assert "Not evaluated yet" in call("show", "tiny", "--runs", folder)
 
 
+@pytest.mark.long
 def test_the_ladder_prints_rungs_bracket_and_verdicts_and_show_repeats_them(runs: Path, tmp_path: Path):
     copy = tmp_path / "runs"
     shutil.copytree(runs, copy)
@@ -221,6 +222,7 @@ def test_a_bad_call_of_the_ladder_is_one_message_and_leaves_the_run_alone(
     assert sorted(runs.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_a_failed_self_check_is_printed_in_red_and_is_exit_code_3(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -157,7 +157,7 @@ def test_unknown_presets_and_bad_files_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"expected a preset or a path that ends in \.toml, got 'digit'.*'digits'"):
         read("digit")
     with pytest.raises(ConfigError, match=r"expected a TOML file at .*, got none; check the path"):
-        read(str(tmp_path / "none.toml"))
+        read(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="expected a TOML file at"):
         read(f"{tmp_path}/")
     path = tmp_path / "bad.toml"
@@ -169,7 +169,7 @@ def test_unknown_presets_and_bad_files_are_refused(tmp_path: Path):
         read(str(path))
     path.write_text("seed = 1")
     with pytest.raises(ConfigError, match="name: expected a string, got no value; add the key"):
-        read(str(path))
+        read(path)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "a/b", ".", ".."])

@@ -142,6 +142,7 @@ def test_hooks_of_a_member_see_every_draw():
     assert seen == [15]
 
 
+@pytest.mark.long
 def test_threads_may_share_an_ensemble():
     ensemble = build()
     expected = [run(ensemble, images(), [seed, seed + 1]) for seed in range(4)]

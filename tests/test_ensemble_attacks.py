@@ -69,6 +69,7 @@ def team(seed: int, scale: float) -> tuple[Ensemble, Tensor, Tensor]:
     return model, images, model.predict(model(images))[0]
 
 
+@pytest.mark.long
 def test_arc_fools_nearly_as_many_linear_members_as_enumeration_says_can_be_and_more_than_plain_gradients():
     found, known, plain = [], [], []
     for seed in range(4):

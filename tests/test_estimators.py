@@ -82,6 +82,7 @@ CONTRACTS: dict[str, tuple[info.Estimator, Any, float, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_estimators_keep_the_contract(name: str):
     subject, sample, information, options = CONTRACTS[name]

@@ -162,6 +162,7 @@ def test_judging_draws_were_never_seen_by_the_attack():
 # Running, resuming, batching
 
 
+@pytest.mark.long
 def test_cells_resumed_equal_cells_in_one_go():
     ensemble, data = small_case()
     fresh: list[Cell] = []
@@ -179,6 +180,7 @@ def test_cells_resumed_equal_cells_in_one_go():
         assert not {id(cell) for cell in fresh} & {id(cell) for cell in done}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 100])
 def test_the_batch_size_changes_nothing(size: int):
     ensemble, data = small_case()

@@ -389,6 +389,7 @@ def test_compiled_code_takes_float32_on_known_devices_alone(monkeypatch):
 # Compiled code: three small kernels
 
 
+@pytest.mark.long
 @needs_compiler
 def test_compiled_noise_has_the_same_bits(compiled):
     halves = noise.key_halves(keys_of(7))

@@ -105,6 +105,7 @@ def test_one_member_has_no_pairs_and_many_classes_no_table_of_three():
         place(noisy, observe(noisy, images, torch.arange(8), draws=2, seed=0), torch.zeros(8).long())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [3, 6, 12])
 def test_correlations_are_those_of_scipy(count: int):
     generator = np.random.default_rng(count)

@@ -187,6 +187,7 @@ class InterruptionError(Exception):
     """Stop a training from outside."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
 @pytest.mark.parametrize("stop", [4, 7])
 def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path: Path, stop: int, optimizer: Any):
@@ -211,6 +212,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path: Path, stop: 
     assert kept == rows
 
 
+@pytest.mark.long
 def test_dropout_is_resumed_to_the_same_bits_and_leaves_the_generator_alone(tmp_path: Path):
     def network() -> Ensemble:
         ensemble = members()
@@ -484,6 +486,7 @@ def test_layouts_agree():
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_network_of_narrow_strided_convolutions_trains_where_the_library_has_avx2_alone():
     """Trained channels last, this ends by a signal: the library writes past its memory."""
     code = """

@@ -400,6 +400,7 @@ def test_images_of_other_channels_fail(shape):
         build(zoo.Linear())(torch.zeros(shape))
 
 
+@pytest.mark.long
 def test_narrow_residual_networks_train_where_the_library_has_avx2_alone():
     """With `_pointwise` as one strided convolution this ends by a signal, or never."""
     code = """
