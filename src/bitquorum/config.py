@@ -154,7 +154,7 @@ def presets(kind: str = "preset") -> dict[str, str]:
     }
 
 
-def read(source: str, overrides: Sequence[str] = ()) -> Experiment:
+def read(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Return the experiment of a preset's name or a TOML file's path, with dotted overrides.
 
     Raises:
@@ -167,14 +167,14 @@ def read(source: str, overrides: Sequence[str] = ()) -> Experiment:
     return parse(table_of(source), overrides)
 
 
-def table_of(source: str, kind: str = "preset") -> dict[str, Any]:
+def table_of(source: str | Path, kind: str = "preset") -> dict[str, Any]:
     """Return the table of a preset's name or a TOML file's path.
 
     Raises:
         ConfigError: if there is no such preset or file, or the file is no TOML.
     """
-    if source.endswith(".toml") or "/" in source:
-        path = Path(source)
+    source, path = str(source), Path(source)
+    if path.suffix == ".toml" or "/" in source:
         if not path.is_file():
             raise ConfigError(f"expected a TOML file at {path}, got none; check the path")
         text = path.read_text(encoding="utf-8-sig", errors="replace")

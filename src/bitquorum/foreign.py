@@ -101,7 +101,7 @@ class Wrapped(nn.Module):
                 stack.enter_context(relaxed(self.module))
             if not self.stochastic:
                 return self._logits(self.module(images))[None, None].expand(len(seeds), -1, -1, -1)
-            parts, set_seed = [], stack.enter_context(_seedable(images.device, self.noise))
+            parts, set_seed = [], stack.enter_context(_seedable(self.noise))
             for seed in seeds:
                 set_seed(seed)
                 with rng.draw(seed, examples):
@@ -242,37 +242,28 @@ def output_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def _seedable(device: torch.device, noise: Noise) -> Iterator[Callable[[int], None]]:
-    """Give the block a function that seeds the generators of a kind of noise, and restore them afterwards.
+def _seedable(noise: Noise) -> Iterator[Callable[[int], None]]:
+    """Give the block a function that seeds the generators of a kind of noise, and restore them afterwards."""
+    with rng.torch_seeds() as set_torch_seed:
+        if noise != "any":
+            yield set_torch_seed
+            return
+        before, of_numpy = random.getstate(), np.random.get_state()
 
-    Torch's are seeded one by one: `torch.manual_seed` writes down a traceback for devices that are not there.
-    """
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        number = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[number])
-    states = [generator.get_state() for generator in generators]
-    others = (random.getstate(), np.random.get_state()) if noise == "any" else None
+        def set_seed(seed: int) -> None:
+            set_torch_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
 
-    def seed(value: int) -> None:
-        for generator in generators:
-            generator.manual_seed(value)
-        if others:
-            random.seed(value)
-            np.random.seed(value % 2**32)
-
-    try:
-        yield seed
-    finally:
-        for generator, before in zip(generators, states, strict=True):
-            generator.set_state(before)
-        if others:
-            random.setstate(others[0])
-            np.random.set_state(others[1])
+        try:
+            yield set_seed
+        finally:
+            random.setstate(before)
+            np.random.set_state(of_numpy)
 
 
 def _call(model: nn.Module, images: Tensor, seed: int, noise: Noise = "any") -> Tensor:
-    with rng.draw(seed), _seedable(images.device, noise) as set_seed:
+    with rng.draw(seed), _seedable(noise) as set_seed:
         set_seed(seed)
         return output_of(model(images))
 
@@ -302,7 +293,7 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
 
 def _noise(model: nn.Module, images: Tensor) -> tuple[Noise, list[Finding]]:
     """Return whose noise, beside that of our quantizers, makes two calls differ, and what that means."""
-    with rng.draw(0), _seedable(images.device, "any") as set_seed:
+    with rng.draw(0), _seedable("any") as set_seed:
         set_seed(0)
         if _repeats(lambda: output_of(model(images))):
             return "none", []

@@ -20,7 +20,7 @@ find the seed, which the threat model forbids by decree, not by strength.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -168,16 +168,27 @@ def _streams(seeds: tuple[int, ...], address: str, device: torch.device) -> Int[
 
 @contextmanager
 def torch_seed(seed: int) -> Iterator[None]:
-    """Seed torch's global generators inside the block and restore them afterwards (weight initialization, dropout).
+    """Seed torch's global generators inside the block and restore them afterwards (weight initialization, dropout)."""
+    with torch_seeds() as set_seed:
+        set_seed(seed)
+        yield
+
+
+@contextmanager
+def torch_seeds() -> Iterator[Callable[[int], None]]:
+    """Give the block a function that seeds torch's global generators, and restore them afterwards.
 
     They are seeded one by one: `torch.manual_seed` writes down a traceback for devices that are not there.
     """
     generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
     states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
+
+    def set_seed(seed: int) -> None:
+        for generator in generators:
+            generator.manual_seed(seed)
+
     try:
-        yield
+        yield set_seed
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
