@@ -126,9 +126,11 @@ def fail(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing was to be computed")
 
 
-def test_a_run_holds_config_weights_progress_outcomes_and_environment(finished: Run):
+def test_a_run_holds_config_weights_progress_outcomes_and_environment(finished: Run, tmp_path: Path):
     assert experiment_of(finished) == TINY
     assert progress_of(finished) == "complete"
+    finished.publish(tmp_path / "published")
+    assert progress_of(Run.open(tmp_path / "published")) == "complete"
     for arm in TINY.arms:
         folder = finished.path / "arms" / arm.name
         assert [row["step"] for row in read_jsonl(folder / "train.jsonl")] == [2, 4, 6]

@@ -153,6 +153,18 @@ def test_ladders_of_one_name_are_told_apart(copied: Run, config: Experiment):
     assert {threat.label for threat in alone} == {"ladder tiny: worst"}
 
 
+def test_a_ladder_on_its_way_is_not_laid_into_the_plane(copied: Run, config: Experiment):
+    (ladder,) = experiment.ladders(copied)
+    test = threats.evaluated_images(copied, threats.chosen_evaluation(copied), None)
+    folder = ladder_folder(copied, ladder)
+    assert threats.pinned(copied, PLANE)[0].ladders == (digest(ladder),)
+    (folder / "sq" / "verdicts.jsonl").unlink()
+    assert threats.pinned(copied, PLANE)[0].ladders == ()
+    assert threats.ladder_worst(copied, config.arms[-1], test, [digest(ladder)]) == []
+    with pytest.raises(DataError, match=rf"climbed to the end among \(none\), got '{digest(ladder)}'"):
+        threats.pinned(copied, replace(PLANE, ladders=(digest(ladder),)))
+
+
 def test_points_agree_with_the_evaluation_that_made_the_images(
     laid: tuple[Plane, list[dict[str, Any]]], run: Run, config: Experiment
 ):

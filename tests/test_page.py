@@ -25,6 +25,7 @@ import torch
 
 from bitquorum.files import append_jsonl, atomic_write, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import DataError, InputError, NoEffectWarning
+from bitquorum.registry import digest
 from bitquorum.report.page import collect, curves, detectors, planes, write, write_figures, write_page
 from bitquorum.report.page.examples import example_sets
 from bitquorum.report.page.figures import PALETTE, Axis, Figure, Selector
@@ -415,7 +416,8 @@ def test_hostile_names_leave_no_folder(hostile: Run, tmp_path: Path):
 def test_a_run_without_parts_says_which_command_makes_each(tmp_path: Path):
     run = Run.create(tmp_path, "bare", {"name": "bare"})
     words = " ".join(Elements(write_page([run], tmp_path / "page.html").read_text()).words)
-    for command in ("run", "plane", "detect", "certify", "evaluate --ladder standard"):
+    assert "published" not in words
+    for command in ("evaluate", "plane", "detect", "certify", "evaluate --ladder standard"):
         assert f"bitquorum {command} {run.path.name}" in words
     assert "No self-checks are stored" in words
     assert write_figures([run], tmp_path / "figures") == []
@@ -426,7 +428,7 @@ def test_a_run_without_parts_says_which_command_makes_each(tmp_path: Path):
 )
 def test_any_part_may_be_missing(runs: list[Run], tmp_path: Path, lacks: str):
     run = without(runs[0], tmp_path / "copy", lacks)
-    assert "is stored for this run; " in write_page([run], tmp_path / "page.html").read_text()
+    assert re.search(r"is stored for this run(; |\.)", write_page([run], tmp_path / "page.html").read_text())
 
 
 def test_a_published_run_has_no_images_and_says_so(runs: list[Run], tmp_path: Path):
@@ -571,6 +573,63 @@ def test_several_parts_of_a_kind_are_all_shown(runs: list[Run], tmp_path: Path):
     assert figure is not None
     hidden = [key.name for key in figure.keys if key.hidden]
     assert hidden == [f"{view.name}, plane p2"]
+
+
+def test_the_runs_own_evaluation_and_the_widest_ladder_in_the_maximum_norm_come_first(runs: list[Run], tmp_path: Path):
+    config = runs[0].config() | {"evaluation": {"type": "evaluation", "examples": 200}}
+    run = Run.create(tmp_path, "own", config)
+    own = digest(config["evaluation"])
+    store_evaluation(run, ["low-bit"], digest="000")
+    store_evaluation(run, ["low-bit"], digest=own)
+    store_ladder(run, ["low-bit"])
+    wide = run.path / "ladders" / "2b3c4d"
+    shutil.copytree(run.path / "ladders" / "1a2b3c", wide)
+    rows = read_jsonl(wide / "metrics.jsonl")
+    write_jsonl(wide / "metrics.jsonl", [row | {"images": 1000} for row in rows])
+    round_ball = run.path / "ladders" / "0a0b0c"
+    shutil.copytree(wide, round_ball)
+    atomic_write(round_ball / "ladder.toml", 'type = "ladder"\nname = "standard"\nnorm = "l2"\n')
+    (view,) = collect([run])
+    assert [part.digest for part in view.evaluations] == [own, "000"]
+    assert [part.digest for part in view.ladders] == ["2b3c4d", "1a2b3c", "0a0b0c"]
+
+
+def test_a_ladder_in_the_euclidean_norm_says_so_everywhere(runs: list[Run], tmp_path: Path):
+    run = without(runs[1], tmp_path / "copy", "evaluations", "planes", "detections", "certificates", "arms")
+    (folder,) = run.path.glob("ladders/*")
+    atomic_write(folder / "ladder.toml", 'type = "ladder"\nname = "standard"\nnorm = "l2"\n')
+    for path in (folder / "metrics.jsonl", *folder.glob("*/verdicts.jsonl")):
+        write_jsonl(path, [row | {"norm": "l2", "epsilon": row["epsilon"] and 1.0} for row in read_jsonl(path)])
+    text = write_page([run], tmp_path / "page.html").read_text()
+    assert "at L2 1," in text.partition('id="summary"')[0]
+    assert "ladder: worst at L2 1" in text
+    assert "255/255" not in text
+    (view,) = collect([run])
+    for figure in (curves.bracket_plot(view, view.ladders[0]), curves.descent(view, view.ladders[0], Look.of([view]))):
+        assert {row["epsilon"] for row in figure.rows} == {"L2 1"}
+
+
+def test_a_ceiling_is_the_strongest_attack_on_its_images(runs: list[Run], tmp_path: Path):
+    run = without(runs[0], tmp_path / "copy")
+    (folder,) = run.path.glob("ladders/*")
+    rows = read_jsonl(folder / "metrics.jsonl")
+    for name, images, more in (("3c", 200, 0.2), ("4d", 50, 0.3)):
+        other = run.path / "ladders" / name
+        shutil.copytree(folder, other)
+        write_jsonl(other / "metrics.jsonl", [row | {"images": images, "value": row["value"] + more} for row in rows])
+    text = write_page([run], tmp_path / "page.html").read_text()
+    section = text.partition('id="certificates"')[2].partition("</section>")[0]
+    worst = {row["arm"]: row["value"] for row in rows if row["attack"] == "worst" and row["name"] == "accuracy"}
+    lines = [line for line in section.split("<tr") if "worst of the ladder standard" in line]
+    assert ["(200 images)" in line for line in lines] == [True, False]
+    for value in worst.values():
+        assert f"{100 * value:.1f} [" in lines[0]
+        assert f"{100 * (value + 0.3):.1f} [" in lines[1]
+
+
+def test_members_are_named_with_their_looks():
+    row = {"members": "w4a4 fp mirrored shifted", "pair_matrix": [[0.0] * 8] * 8}
+    assert planes.member_names(row)[::2] == ["1 w4a4", "3 w4a4 mirrored", "5 w4a4 shifted", "7 w4a4 mirrored shifted"]
 
 
 @pytest.mark.parametrize(("share", "bits"), [(1.0, 3.32), (0.9, 2.02), (0.6, 0.393), (0.1, 0.0)])

@@ -79,7 +79,7 @@ def test_more_draws_of_the_same_images_do_not_count_as_more_images():
     once = place(Ensemble(MEMBERS), says(votes, 10), labels)
     often = place(Ensemble(MEMBERS), says(votes.expand(20, -1, -1), 10), labels)
     for name, value in once.items():
-        if name not in ("draws", "accuracy_low", "accuracy_high") and not name.startswith("conditional_mi"):
+        if name not in ("draws", "accuracy_low", "accuracy_high"):
             np.testing.assert_allclose(often[name], value, atol=1e-9, err_msg=name)
 
 
@@ -87,6 +87,30 @@ def test_votes_cast_once_are_given_little_more_than_they_share_beyond_the_label(
     labels = torch.arange(300) % 10
     points = [place(Ensemble(MEMBERS), says(voters(0.7, labels, seed=seed), 10), labels) for seed in range(4)]
     assert abs(np.mean([point["conditional_mi"] for point in points])) < 0.2  # the jackknife gives 0.37
+
+
+def test_draws_that_hardly_change_a_vote_do_not_pass_for_many():
+    labels = torch.arange(300) % 10
+    values = []
+    for seed in range(4):
+        kept = torch.rand(10, 2, 300, generator=torch.Generator().manual_seed(seed)) < 0.98
+        fresh = voters(0.7, labels, draws=10, seed=100 + seed)
+        votes = torch.where(kept, voters(0.7, labels, seed=seed), fresh)
+        values.append(place(Ensemble(MEMBERS), says(votes, 10), labels)["conditional_mi"])
+    assert abs(np.mean(values)) < 0.2  # the jackknife over all draws gives 0.34
+
+
+def test_pairs_are_averaged_and_each_has_its_place_in_the_matrix():
+    labels = torch.arange(400) % 4
+    other = voters(0.8, labels, seed=1)[:, :1] % 4
+    votes = torch.cat([labels.expand(1, 2, -1), other], 1)
+    point = place(Ensemble([nn.Linear(1, 2)] * 3), says(votes, 4), labels)
+    matrix = torch.tensor(point["pair_matrix"])
+    upper = [float(matrix[i, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert point["pair_mi"] == pytest.approx(np.mean(upper))
+    assert upper[0] > upper[1] + 0.3
+    assert upper[1] == pytest.approx(upper[2])
+    assert point["residual"] == pytest.approx(point["pair_mi"] - point["reference_mi"], abs=0.02)
 
 
 def test_one_member_has_no_pairs_and_many_classes_no_table_of_three():

@@ -335,3 +335,12 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path):
         with run.lock():
             pass
     assert run.config() == CONFIG
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("experiment", False), ("suite", True)])
+def test_a_page_with_images_of_a_run_is_not_published(tmp_path: Path, kind: str, kept: bool):
+    run = Run.create(tmp_path / "runs", "shown", {"type": kind})
+    (run.path / "page.html").write_text("<img>")
+    run.publish(tmp_path / "published")
+    assert (tmp_path / "published" / "config.toml").exists()
+    assert (tmp_path / "published" / "page.html").exists() == kept

@@ -136,7 +136,7 @@ class Run:
             return ""
 
     def publish(self, target: Path | str) -> None:
-        """Copy config, environment, rows and tables to a folder: no weights, no images.
+        """Copy config, environment, rows and tables to a folder: no weights, no images, and no page that shows some.
 
         A run of this kind that was published there before is replaced, once all is copied.
 
@@ -156,7 +156,8 @@ class Run:
         copy, earlier = (target.with_name(f".{target.name}.{secrets.token_hex(6)}.{end}") for end in ("part", "old"))
         try:
             for path in sorted(self.path.rglob("*")):
-                if path.is_file() and path.suffix in _PUBLISHED:
+                page = path.suffix == ".html" and self.kind == "experiment"
+                if path.is_file() and path.suffix in _PUBLISHED and not page:
                     atomic_write(copy / path.relative_to(self.path), path.read_bytes())
             if target.exists():
                 target.rename(earlier)

@@ -54,5 +54,5 @@ def certify(
             rows = experiment.certify_run(
                 stored, chosen, device=device_named(device), data_root=data, listener=listener
             )
-        print_table(certificate_table(rows, experiment.ceilings(stored, chosen.epsilons)))
+        print_table(certificate_table(rows, experiment.ceilings(stored)))
         out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)

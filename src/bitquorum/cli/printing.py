@@ -51,7 +51,7 @@ def ladder_tables(stored: "Run", ladder: "Ladder") -> list["Table"]:
 
 
 def show_run(stored: "Run") -> None:
-    """Print everything that a run has stored, without computing."""
+    """Print what attacks and certificates have left of a run, without computing."""
     from bitquorum.experiment import ceilings, certificates, differences, ladders, results, verdicts
     from bitquorum.report import certificate_table, comparison, difference_table, environments
 
@@ -66,8 +66,8 @@ def show_run(stored: "Run") -> None:
             print_verdicts(verdicts(stored, ladder))
     for rows in differences(stored):
         print_table(difference_table(rows))
-    for certify, rows in certificates(stored):
-        print_table(certificate_table(rows, ceilings(stored, certify.epsilons)))
+    for _, rows in certificates(stored):
+        print_table(certificate_table(rows, ceilings(stored)))
     out.print(f"Computed in {escape(environments(stored.environments()))}.")
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 

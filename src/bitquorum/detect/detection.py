@@ -53,7 +53,7 @@ class Detection(Method):
         calibration: Number of held-out clean images, fewer where there are not so many, at least 100.
         false_positives: Rates at which thresholds are set.
         aware: Attack that knows the detector; `None` for none.
-        evaded: Statistics that it evades, one after the other.
+        evaded: Statistics that it evades, one after the other, as far as they are measured.
         aware_images: Number of images that it attacks.
         aware_epsilons: Its radii; the middle one of the evaluation where there are none.
         evaluation: Digest of the stored evaluation whose attacks are scored; empty for the run's own.
@@ -84,6 +84,12 @@ class Detection(Method):
     ladders: tuple[str, ...] | None = None
     windows: int = 200
     seed: int = 0
+
+    @property
+    def evasions(self) -> tuple[InputStatistic, ...]:
+        """The statistics to evade: those that are measured, or that stand in for one that is."""
+        known = {_STAND_INS.get(statistic.name, statistic.name) for statistic in self.statistics}
+        return tuple(statistic for statistic in self.evaded if statistic.name in known)
 
     def __post_init__(self) -> None:
         names = [statistic.name for statistic in self.statistics]

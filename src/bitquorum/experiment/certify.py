@@ -1,6 +1,5 @@
 """Certify the arms of a stored run, and store which images are certified."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +10,7 @@ from bitquorum.certify import Certificate, Certify, Statement
 from bitquorum.config import Arm
 from bitquorum.data import ImageSet, load
 from bitquorum.experiment.ladder import ladder_rows, ladders
-from bitquorum.experiment.runs import experiment_of, restored, results, working
+from bitquorum.experiment.runs import experiment_of, restored, working
 from bitquorum.files import atomic_write, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import DataError, Listener
 from bitquorum.registry import decode, digest, encode, to_toml
@@ -88,19 +87,12 @@ def attacked_epsilons(stored: Run) -> list[float]:
     )
 
 
-def ceilings(stored: Run, epsilons: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the stored worst cases of attacks in the maximum norm at these epsilons: of ladders, then of the grid.
-
-    Each row says by `ceiling` whose it is.
-    """
-    rows = []
-    for ladder in ladders(stored):
-        if ladder.norm == "linf":
-            rows += [{**row, "ceiling": f"ladder {ladder.name}"} for row in ladder_rows(stored, ladder)]
-    rows += [{**row, "ceiling": "evaluation"} for row in results(stored)]
-    return [
-        row for row in rows if row["attack"] == "worst" and row["name"] == "accuracy" and row["epsilon"] in epsilons
-    ]
+def ceilings(stored: Run) -> list[dict[str, Any]]:
+    """Return the stored rows of attacks, of ladders and then of evaluations; each says by `ceiling` whose it is."""
+    named = [(f"ladder {ladder.name}", ladder_rows(stored, ladder)) for ladder in ladders(stored)]
+    grids = sorted(stored.path.glob("evaluations/*/metrics.jsonl"))
+    named += [("evaluation", read_jsonl(path)) for path in grids]
+    return [{**row, "ceiling": name} for name, rows in named for row in rows]
 
 
 def read_certificate(path: Path) -> Certificate:

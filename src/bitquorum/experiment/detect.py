@@ -162,7 +162,7 @@ class _Bench:
             return
         if not self.ensemble.stochastic:
             attack = replace(attack, eot=1, looks=1)
-        for statistic in self.detection.evaded:
+        for statistic in self.detection.evasions:
             if has_pairs(statistic, calibration.logits):
                 for epsilon in self.detection.aware_epsilons or middle(self.evaluation.epsilons):
                     yield statistic, attack, epsilon

@@ -96,6 +96,14 @@ def ladders(stored: Run) -> list[Ladder]:
     return [read_ladder(path) for path in sorted((stored.path / "ladders").glob("*/ladder.toml"))]
 
 
+def climbed(stored: Run, ladder: Ladder) -> list[str]:
+    """Return the arms that have climbed a ladder to the end; none while one is on its way."""
+    folder = ladder_folder(stored, ladder)
+    begun = {path.parent.name for path in folder.glob("*/climb@*.safetensors")}
+    done = {path.parent.name for path in folder.glob("*/verdicts.jsonl")}
+    return sorted(done) if begun <= done else []
+
+
 def read_ladder(path: Path) -> Ladder:
     """Return the ladder that a file beside its results describes."""
     return decode(Ladder, read_toml(path))

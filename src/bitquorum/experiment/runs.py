@@ -155,10 +155,10 @@ def results(stored: Run, evaluation: Method | None = None) -> list[dict[str, Any
 def progress_of(stored: Run) -> str:
     """Return `complete`, or how far a stored run has come."""
     experiment = experiment_of(stored)
+    if _is_complete(experiment, experiment.evaluation, results(stored)):
+        return "complete"
     trained = sum(_weights(stored, arm).exists() for arm in experiment.arms)
-    if trained < len(experiment.arms):
-        return f"{trained} of {len(experiment.arms)} arms trained"
-    return "complete" if _is_complete(experiment, experiment.evaluation, results(stored)) else "trained"
+    return "trained" if trained == len(experiment.arms) else f"{trained} of {len(experiment.arms)} arms trained"
 
 
 def choose_arms(experiment: Experiment, names: Sequence[str]) -> list[Arm]:

@@ -18,7 +18,7 @@ from bitquorum.data import ImageSet, load
 from bitquorum.data.corrupt import corrupt
 from bitquorum.detect import Detection
 from bitquorum.evaluate import Evaluation
-from bitquorum.experiment.ladder import ladder_folder, ladders, read_climb
+from bitquorum.experiment.ladder import climbed, ladder_folder, ladders, read_climb
 from bitquorum.experiment.runs import evaluation_folder, experiment_of, read_cell, results
 from bitquorum.files import load_tensors
 from bitquorum.interface import DataError
@@ -81,11 +81,20 @@ def chosen_evaluation(stored: Run, query: str = "") -> Evaluation:
 def pinned(stored: Run, chosen: P) -> tuple[P, Evaluation]:
     """Return a plane or a detection that names the evaluation and the ladders that it reads, and the evaluation.
 
+    Ladders that no arm has climbed to the end, or that one is climbing still, are none to read.
+
     Raises:
-        DataError: as `chosen_evaluation` does.
+        DataError: as `chosen_evaluation` does; and if a named ladder is not there to read.
     """
     evaluation = chosen_evaluation(stored, chosen.evaluation)
-    found = tuple(digest(ladder) for ladder in ladders(stored)) if chosen.ladders is None else chosen.ladders
+    known = tuple(digest(ladder) for ladder in ladders(stored) if climbed(stored, ladder))
+    for name in chosen.ladders or ():
+        if name not in known:
+            raise DataError(
+                f"expected a ladder that is climbed to the end among {', '.join(known) or '(none)'}, got {name!r}; "
+                f"{nearest(name, known)}, or climb it on by `bitquorum evaluate {stored.path.name} --ladder NAME`"
+            )
+    found = known if chosen.ladders is None else chosen.ladders
     return replace(chosen, evaluation=evaluation_folder(stored, evaluation).name, ladders=found), evaluation
 
 
@@ -129,14 +138,17 @@ def attacks(stored: Run, evaluation: Evaluation, arm: Arm) -> list[Threat]:
 
 
 def ladder_worst(stored: Run, arm: Arm, test: ImageSet, digests: Sequence[str]) -> list[Threat]:
-    """Return the worst versions of ladders in the maximum norm; those that lack a test image are left out.
+    """Return the worst versions of ladders in the maximum norm that the arm has climbed to the end.
 
+    Those that lack a test image are left out.
     Ladders of one name, such as `standard` on two numbers of draws, have their digests in their labels.
     """
     found = []
     chosen = [ladder for ladder in ladders(stored) if ladder.norm == "linf" and digest(ladder) in digests]
     names = Counter(ladder.name for ladder in chosen)
     for ladder in chosen:
+        if arm.name not in climbed(stored, ladder):
+            continue
         name = ladder.name if names[ladder.name] == 1 else f"{ladder.name} {digest(ladder)}"
         for path in sorted((ladder_folder(stored, ladder) / arm.name).glob("climb@*.safetensors")):
             tensors, facts = load_tensors(path)

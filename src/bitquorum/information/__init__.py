@@ -56,7 +56,7 @@ from bitquorum.information.renyi import (
     renyi_entropy,
     renyi_mutual_information,
 )
-from bitquorum.information.resample import jackknife
+from bitquorum.information.resample import jackknife, leave_one_out, of_left_out
 from bitquorum.information.tables import conditional_mutual_information, entropy, mutual_information
 from bitquorum.information.undersampled import NSB, Shrinkage
 
@@ -93,9 +93,11 @@ __all__ = [
     "independent_error_joint",
     "interaction_information",
     "jackknife",
+    "leave_one_out",
     "moving",
     "mutual_information",
     "occupied_bias",
+    "of_left_out",
     "pairs",
     "pairwise_class_joints",
     "pairwise_joints",

@@ -54,6 +54,25 @@ def jackknife(contributions: Float[Tensor, "examples *table"], functional: Calla
         >>> print(f"{plain:.4f} {corrected.value:.4f} of {corrected.samples}")
         0.0000 -0.0018 of 400
     """
+    return of_left_out(leave_one_out(contributions, functional))
+
+
+@torch.no_grad()
+def leave_one_out(
+    contributions: Float[Tensor, "examples *table"], functional: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "values"]:
+    """Return a functional of the mean of all tables, and then of the mean without each of the examples in turn.
+
+    What is linear in the functional's values, such as a mean over pairs of variables or a difference, may be computed
+    of several such results before `of_left_out` makes an estimate of it: tables of one pair at a time need be held.
+
+    Args:
+        contributions: As for `jackknife`.
+        functional: As for `jackknife`.
+
+    Raises:
+        InputError: as `jackknife` does.
+    """
     values = _check.wide(contributions, "jackknife").double()
     count = values.shape[0] if values.dim() else 0
     if count < 2:
@@ -66,9 +85,14 @@ def jackknife(contributions: Float[Tensor, "examples *table"], functional: Calla
         _measure(functional, (mean + (mean - part) / (count - 1)).clamp_min(floor), mean.dim())
         for part in values.split(size)
     ]
-    without = torch.cat(left)
-    centre = without.mean()
-    value = count * _measure(functional, mean[None], mean.dim())[0] - (count - 1) * centre
+    return torch.cat([_measure(functional, mean[None], mean.dim()), *left])
+
+
+def of_left_out(values: Float[Tensor, "values"]) -> Estimate:
+    """Return the jackknife's estimate from what `leave_one_out` returned."""
+    whole, without = values[0], values[1:]
+    count, centre = len(without), without.mean()
+    value = count * whole - (count - 1) * centre
     spread = (without - centre).square().sum() * (count - 1) / count
     if not bool(value.isfinite() & spread.isfinite()):
         raise InputError(f"jackknife: expected a functional with finite values, got an estimate of {float(value)}")

@@ -6,8 +6,9 @@ at a time (`information.jackknife`): draws of the same image are no further imag
 all images that meet it falls with the number of draws and is not in the interval.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any, Final
 
 import torch
@@ -19,12 +20,14 @@ from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import interval
 from bitquorum.information import (
     NSB,
+    Estimate,
     conditional,
-    conditional_mutual_information,
     entropy,
     independent_error_bits,
     jackknife,
+    leave_one_out,
     mutual_information,
+    of_left_out,
     pairs,
 )
 from bitquorum.interface import InputError
@@ -45,11 +48,10 @@ def place(
       `residual`: `pair_mi` less that.
     - `excess`: `pair_mi` less what it would be if members with their own confusions were independent given the label:
       confusions that all members share, such as cats with dogs, are not counted as dependence.
-    - `soft_mi`: the mean over pairs of the MI of the joint of their posteriors; with its bias corrected.
 
-    Pair quantities are `None` for one member, `conditional_mi` and `excess` also for more than 20 classes. Votes cast
-    once, by members without noise, leave tables by label all but empty: their `conditional_mi` is that of
-    `information.NSB` within each label, which is less biased than the jackknife there, and still upwards.
+    Pair quantities are `None` for one member, `conditional_mi` and `excess` also for more than 20 classes. Tables by
+    label are all but empty, and draws that repeat a vote do not fill them: `conditional_mi` is that of the votes of the
+    first draw by `information.NSB` within each label, less biased than the jackknife there, and still upwards.
 
     Args:
         ensemble: Says how a prediction is made, and of how many draws.
@@ -82,79 +84,66 @@ def place(
     row |= {"accuracy": accuracy.value, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
     row["member_accuracy"] = right.mean(1).tolist()
     by_label = torch.einsum("ny,mnc->nmyc", truth, votes.mean(0))
-    row |= _estimate("label_mi", by_label, lambda tables: mutual_information(tables).mean(-1))
-    row["label_matrix"] = [jackknife(by_label[:, member], mutual_information).value for member in range(members)]
-    return row | _pair_quantities(logits, votes, truth, right)
+    of_members = [leave_one_out(by_label[:, member], mutual_information) for member in range(members)]
+    row |= _columns("label_mi", of_left_out(torch.stack(of_members).mean(0)))
+    row["label_matrix"] = [of_left_out(values).value for values in of_members]
+    return row | _pair_quantities(votes, truth, right)
 
 
-def _pair_quantities(logits: Tensor, votes: Tensor, truth: Tensor, right: Tensor) -> dict[str, Any]:
-    """Return what needs two members; `None` throughout for one."""
-    chosen = pairs(votes.shape[1])
+def _pair_quantities(votes: Tensor, truth: Tensor, right: Tensor) -> dict[str, Any]:
+    """Return what needs two members; `None` throughout for one. Tables are held of one pair at a time."""
+    draws, members, _, classes = votes.shape
+    chosen = pairs(members)
     names = ("pair_mi", "conditional_mi", "residual", "excess")
     empty = {f"{name}{end}": None for name in names for end in ("", "_low", "_high")}
     if not chosen:
-        return {**empty, "reference_mi": None, "soft_mi": None, "pair_matrix": None}
-    classes = votes.shape[-1]
-    first, second = ([pair[side] for pair in chosen] for side in (0, 1))
-    joints = _joints(votes, first, second)
-    both = torch.cat([joints.flatten(2), right[first].T[..., None], right[second].T[..., None]], -1)
-    row = empty | _estimate("pair_mi", joints, lambda tables: mutual_information(tables).mean(-1))
-    row |= _estimate("residual", both, partial(_residual, classes=classes))
-    reference = independent_error_bits(right.mean(1)[first], right.mean(1)[second], classes)
-    row |= {"reference_mi": float(reference.mean()), "pair_matrix": _matrix(votes, joints, first, second)}
-    soft = _joints(logits.double().softmax(-1), first, second)
-    row["soft_mi"] = jackknife(soft, lambda tables: mutual_information(tables).mean(-1)).value
+        return {**empty, "reference_mi": None, "pair_matrix": None}
+    left_out: dict[str, list[Tensor]] = {"pair_mi": [], "residual": [], "excess": []}
+    for i, j in chosen:
+        joint = torch.einsum("dna,dnb->nab", votes[:, i], votes[:, j]) / draws
+        shared = leave_one_out(joint, mutual_information)
+        reference = leave_one_out(torch.stack([right[i], right[j]], -1), partial(_reference, classes=classes))
+        left_out["pair_mi"].append(shared)
+        left_out["residual"].append(shared - reference)
+        if classes <= MOST_CLASSES:
+            left_out["excess"].append(leave_one_out(torch.einsum("ny,nab->nyab", truth, joint), _excess))
+    row = dict(empty)
+    for name, values in left_out.items():
+        if values:
+            row |= _columns(name, of_left_out(torch.stack(values).mean(0)))
+    accuracies = right.mean(1)
+    row["reference_mi"] = fmean(float(_reference(accuracies[[i, j]], classes)) for i, j in chosen)
+    own = [jackknife(cast, entropy).value for cast in votes.mean(0)]
+    matrix = torch.diag(torch.tensor(own, dtype=torch.float64))
+    for (i, j), values in zip(chosen, left_out["pair_mi"], strict=True):
+        matrix[i, j] = matrix[j, i] = of_left_out(values).value
+    row["pair_matrix"] = matrix.tolist()
     if classes <= MOST_CLASSES:
-        triples = torch.einsum("ny,npab->npyab", truth, joints)
-        row |= _estimate("excess", triples, _excess)
-        if len(votes) > 1:
-            row |= _estimate("conditional_mi", triples, lambda tables: conditional_mutual_information(tables).mean(-1))
-        else:
-            row |= _of_single_votes(votes[0].argmax(-1), truth.argmax(-1), chosen)
+        row |= _conditional(votes[0].argmax(-1), truth.argmax(-1), chosen)
     return row
 
 
-def _of_single_votes(
+def _conditional(
     codes: Int[Tensor, "members images"], labels: Int[Tensor, "images"], chosen: tuple[tuple[int, int], ...]
 ) -> dict[str, float]:
-    """Return the conditional MI of votes that were cast once: tables by label are all but empty, and NSB bears that."""
+    """Return the conditional MI of the votes of one draw: tables by label are all but empty, and NSB bears that."""
     found = [conditional(NSB(), codes[i], codes[j], labels) for i, j in chosen]
-    value = sum(one.value for one in found) / len(found)
-    error = sum(one.standard_error for one in found) / len(found)  # as if pairs erred together
-    return _columns("conditional_mi", value, error)
+    error = fmean(one.standard_error for one in found)  # as if pairs erred together
+    return _columns("conditional_mi", replace(found[0], value=fmean(one.value for one in found), standard_error=error))
 
 
-def _joints(p: Float[Tensor, "draws members images c"], first: list[int], second: list[int]) -> Tensor:
-    """Return the table of each image and pair, averaged over draws, [images, pairs, c, c]."""
-    return torch.einsum("dpna,dpnb->npab", p[:, first], p[:, second]) / len(p)
+def _reference(accuracies: Float[Tensor, "*batch 2"], classes: int) -> Float[Tensor, "*batch"]:
+    first, second = accuracies.clamp(0, 1).unbind(-1)
+    return independent_error_bits(first, second, classes)
 
 
-def _residual(tables: Float[Tensor, "*batch pairs entries"], classes: int) -> Float[Tensor, "*batch"]:
-    joints = tables[..., :-2].unflatten(-1, (classes, classes))
-    reference = independent_error_bits(tables[..., -2].clamp(0, 1), tables[..., -1].clamp(0, 1), classes)
-    return (mutual_information(joints) - reference).mean(-1)
-
-
-def _excess(tables: Float[Tensor, "*batch pairs y a b"]) -> Float[Tensor, "*batch"]:
+def _excess(tables: Float[Tensor, "*batch y a b"]) -> Float[Tensor, "*batch"]:
     """Return I(A; B) less the MI of the mixture over y of P(a | y) P(b | y)."""
     share = tables.sum((-2, -1))[..., None].clamp_min(torch.finfo(tables.dtype).tiny)
     apart = (tables.sum(-1) / share).mT @ tables.sum(-2)
-    return (mutual_information(tables.sum(-3)) - mutual_information(apart)).mean(-1)
+    return mutual_information(tables.sum(-3)) - mutual_information(apart)
 
 
-def _matrix(votes: Tensor, joints: Tensor, first: list[int], second: list[int]) -> list[list[float]]:
-    """Return I(f_i; f_j) of every pair, and the entropy of the votes on the diagonal."""
-    single = votes.mean(0)
-    matrix = torch.diag(torch.tensor([jackknife(rows, entropy).value for rows in single], dtype=torch.float64))
-    for number, (i, j) in enumerate(zip(first, second, strict=True)):
-        matrix[i, j] = matrix[j, i] = jackknife(joints[:, number], mutual_information).value
-    return matrix.tolist()
-
-
-def _estimate(name: str, contributions: Tensor, functional: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    found = jackknife(contributions, functional)
-    return _columns(name, found.value, found.standard_error)
-
-
-def _columns(name: str, value: float, error: float) -> dict[str, float]:
-    return {name: value, f"{name}_low": value - _NORMAL * error, f"{name}_high": value + _NORMAL * error}
+def _columns(name: str, found: Estimate) -> dict[str, float]:
+    reach = _NORMAL * found.standard_error
+    return {name: found.value, f"{name}_low": found.value - reach, f"{name}_high": found.value + reach}

@@ -17,12 +17,14 @@ def certificate_table(rows: Sequence[dict[str, Any]], ceilings: Sequence[dict[st
 
     Args:
         rows: Of `certify_run`.
-        ceilings: Of `experiment.ceilings`: worst cases of attacks at the same epsilons.
+        ceilings: Of ladders and evaluations, with their name as `ceiling`; the worst cases in the maximum norm at the
+            same epsilons are shown. Of several of one name on one number of images it is the lowest.
     """
+    ceilings = [row for row in ceilings if row["attack"] == "worst" and row["name"] == "accuracy" and "norm" not in row]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
 
     def line(label: str, text: str, found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-        by_arm = {row["arm"]: row for row in found}
+        by_arm = {row["arm"]: row for row in sorted(found, key=lambda row: -row["value"])}
         return (label, text, *(percent(by_arm.get(arm)) for arm in arms))
 
     members = {row["arm"]: row["members"] for row in rows}
@@ -35,9 +37,8 @@ def certificate_table(rows: Sequence[dict[str, Any]], ceilings: Sequence[dict[st
             if found := [row for row in here if row["statement"] == statement]:
                 body.append(line(label, text, found))
         attacked = [row for row in ceilings if row["epsilon"] == epsilon]
-        for name in dict.fromkeys(row["ceiling"] for row in attacked):
-            found = [row for row in attacked if row["ceiling"] == name]
-            images = " or ".join(str(count) for count in sorted({row["images"] for row in found}))
+        for name, images in dict.fromkeys((row["ceiling"], row["images"]) for row in attacked):
+            found = [row for row in attacked if (row["ceiling"], row["images"]) == (name, images)]
             body.append(line(label, f"attacked, worst of the {name} ({images} images)", found))
     return Table(header=("epsilon", "accuracy", *arms), rows=tuple(body), note=_note(rows))
 

@@ -22,6 +22,7 @@ def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         note=(
             f"Accuracy of an arm minus that of another, in points, on the same {' or '.join(map(str, images))} test "
             "images, paired by image, with 95 % intervals over images; * where p < 0.05 after Holm's correction for "
-            "the number of arms. One seed of training says nothing of others."
+            "the number of arms. One seed of training says nothing of others; what a draw of the weights gives to all "
+            "images alike is not in the intervals."
         ),
     )

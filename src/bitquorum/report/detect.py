@@ -5,7 +5,18 @@ from typing import Any
 
 from bitquorum.report.tables import Table, epsilon_label, percent
 
-_HEADER = ("statistic", "threat", "epsilon", "positives", "AUROC", "TPR at 5 %", "TPR at 1 %")
+_HEADER = ("statistic", "threat", "epsilon", "positives", "AUROC")
+
+
+def rate_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns of rates of true positives, such as `tpr5` for the one at 5 % false positives.
+
+    Examples:
+        >>> rate_columns([{"auroc": 0.9, "tpr5": 0.5, "tpr5_low": 0.4, "tpr5_high": 0.6, "tpr0.1": None}])
+        ['tpr5', 'tpr0.1']
+    """
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if key.startswith("tpr") and not key.endswith(("_low", "_high"))]
 
 
 def detection_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
@@ -18,7 +29,8 @@ def detection_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
         f"clean images; scores over {first['draws']} draws; 95 % intervals. TPR in %. Of window-mi both sides are "
         "windows of all images, fooled or not."
     )
-    return Table(header=_HEADER, rows=tuple(_cells(row) for row in mine), note=note)
+    rates = rate_columns(mine)
+    return Table(header=_header(rates), rows=tuple(_cells(row, rates) for row in mine), note=note)
 
 
 def detectors(rows: Sequence[dict[str, Any]]) -> Table:
@@ -27,7 +39,8 @@ def detectors(rows: Sequence[dict[str, Any]]) -> Table:
     levels = {row["level"] for row in found if row["aware"]} or {row["level"] for row in found}
     plain = [row["threat"] for row in found if row["kind"] == "white-box" and not row["aware"]]
     shown = [row for row in found if row["level"] in levels and (row["aware"] or row["threat"] == plain[-1])]
-    return Table(header=("arm", *_HEADER), rows=tuple((row["arm"], *_cells(row)) for row in shown))
+    rates = rate_columns(shown)
+    return Table(header=("arm", *_header(rates)), rows=tuple((row["arm"], *_cells(row, rates)) for row in shown))
 
 
 def rejections(rows: Sequence[dict[str, Any]]) -> Table:
@@ -41,22 +54,30 @@ def rejections(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(header=("arm", *_REJECTION), rows=tuple(body))
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _header(rates: Sequence[str]) -> tuple[str, ...]:
+    return (*_HEADER, *(f"TPR at {rate.removeprefix('tpr')} %" for rate in rates))
+
+
+def _cells(row: dict[str, Any], rates: Sequence[str]) -> tuple[str, ...]:
     return (
         row["statistic"],
         row["threat"] + (" (knows the detector)" if row["aware"] else ""),
         epsilon_label(row["level"]),
         str(row["successes"]),
         _area(row),
-        *(percent(_of(row, name)) for name in ("tpr5", "tpr1")),
+        *(percent(_of(row, name)) for name in rates),
     )
 
 
 _REJECTION = ("statistic", "epsilon", "attacks", "right or rejected", "right and accepted", "fooled", "clean")
 
 
-def rejection_table(rows: Sequence[dict[str, Any]], arm: str, *, false_positives: float = 0.05) -> Table:
-    """Return robust accuracy with rejection, both ways, under all plain attacks and under those that know."""
+def rejection_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
+    """Return robust accuracy with rejection, both ways, under all plain attacks and under those that know.
+
+    It is that at the first rate of false positives.
+    """
+    false_positives = next(row["false_positives"] for row in rows if row["name"] == "clean")
     mine = [row for row in rows if row["arm"] == arm and row.get("false_positives") == false_positives]
     clean = {row["statistic"]: row for row in mine if row["name"] == "clean"}
     body = []

@@ -78,13 +78,16 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
     """Return one line on the hardware, versions and time of a run's sessions of work."""
     if not rows:
         return "no work recorded"
-    last = rows[-1]
     seconds = sum(float(row.get("seconds", 0)) for row in rows)
     killed = sum("seconds" not in row for row in rows)
     hardware = dict.fromkeys(next((d["name"] for d in row["cuda"]["devices"]), row["cpu"]["model"]) for row in rows)
     time = f"{seconds / 60:.1f} minutes" + (f" and {killed} killed sessions" if killed else "")
-    versions = f"torch {last['versions']['torch']}, bitquorum {last['versions']['bitquorum']}"
-    return f"{time} on {' and '.join(hardware)}, {last['threads']['intra_op']} threads, {versions}"
+    threads = " or ".join(dict.fromkeys(str(row["threads"]["intra_op"]) for row in rows))
+    versions = [
+        f"{name} {' and '.join(dict.fromkeys(row['versions'][name] for row in rows))}"
+        for name in ("torch", "bitquorum")
+    ]
+    return f"{time} on {' and '.join(hardware)}, {threads} threads, {', '.join(versions)}"
 
 
 def percent(row: Mapping[str, Any] | None) -> str:

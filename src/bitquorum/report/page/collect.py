@@ -7,6 +7,7 @@ from typing import Any
 
 from bitquorum.files import read_jsonl
 from bitquorum.interface import InputError
+from bitquorum.registry import digest
 from bitquorum.store import Run
 from bitquorum.toml import read_toml
 
@@ -68,9 +69,10 @@ class RunView:
         config: The experiment as a table.
         arms: Names, in the order of the config.
         train: Training rows of each arm that has some.
-        evaluations: In the order of their digests, as the next four; sheet `differences`.
-        ladders: Bracket and rungs; sheets `verdicts`, `seconds` and `differences`.
-        planes: Rows of the plane; sheets `correlations` and `layers`.
+        evaluations: The run's own, then others in the order of their digests; sheet `differences`.
+        ladders: Bracket and rungs; sheets `verdicts`, `seconds` and `differences`. Those in the maximum norm come
+            first, of them those with most arms, then with most images.
+        planes: Rows of the plane, in the order of their digests, as the next two; sheets `correlations` and `layers`.
         detections: Rows of the detector; sheet `curves`.
         certificates: Floors, statement by statement.
         environments: One row for each session of work.
@@ -152,20 +154,27 @@ def _view(run: Run, name: str) -> RunView:
     parts = {kind: _parts(run.path / folder, kind) for kind, folder in _FOLDERS.items()}
     found = [row.get("arm") for group in parts.values() for part in group for row in part.rows]
     arms = dict.fromkeys([*known, *train, *(str(arm) for arm in found if arm)])
+    own = digest(config.get("evaluation", {}))
     return RunView(
         name=name,
         command=run.path.resolve().name,
         config=config,
         arms=tuple(arms),
         train={arm: train[arm] for arm in arms if train.get(arm)},
-        evaluations=parts["evaluation"],
-        ladders=parts["ladder"],
+        evaluations=tuple(sorted(parts["evaluation"], key=lambda part: part.digest != own)),
+        ladders=tuple(sorted(parts["ladder"], key=_rank)),
         planes=parts["plane"],
         detections=parts["detection"],
         certificates=parts["certify"],
         environments=tuple(row for row in run.environments() if isinstance(row, dict)),
-        published=next(run.path.rglob("*.safetensors"), None) is None,
+        published=bool(found or train) and next(run.path.rglob("*.safetensors"), None) is None,
     )
+
+
+def _rank(part: Part) -> tuple[bool, int, int]:
+    """Return the key by which a ladder comes before others."""
+    images = max(distinct(part.rows, "images"), default=0)
+    return part.config.get("norm", "linf") != "linf", -len(part.arms()), -images
 
 
 def _parts(folder: Path, kind: str) -> tuple[Part, ...]:

@@ -105,7 +105,7 @@ def bracket_plot(view: RunView, part: Part) -> Figure:
         rows += [
             {
                 **_facts(view, row),
-                "epsilon": epsilon_label(epsilon),
+                "epsilon": epsilon_label(epsilon, row.get("norm")),
                 "series": name,
                 "x": row["value"],
                 "x_low": row.get("low"),
@@ -142,7 +142,7 @@ def descent(view: RunView, part: Part, look: Look) -> Figure:
     rows = [
         {
             **_facts(view, row),
-            "epsilon": epsilon_label(row["epsilon"]),
+            "epsilon": epsilon_label(row["epsilon"], row.get("norm")),
             "series": row["arm"],
             "x": row.get("step", 0),
             **_value(row),

@@ -41,7 +41,7 @@ def matrices(view: RunView, part: Part) -> Figure | None:
     """Return the MI of each pair of members under the chosen threat, with entropies on the diagonal."""
     rows: list[dict[str, Any]] = []
     for row in part.rows:
-        names = _member_names(row)
+        names = member_names(row)
         for i, line in enumerate(row.get("pair_matrix") or ()):
             rows += [
                 {
@@ -243,12 +243,16 @@ def _kind_number(kind: str) -> int:
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
-def _member_names(row: Row) -> list[str]:
-    """Return the members' names of a row, told apart by their number."""
+def member_names(row: Row) -> list[str]:
+    """Return the members' names of a row, told apart by their number; a member that sees a look of its own is one."""
     count = len(row.get("pair_matrix") or ())
-    precisions = str(row.get("members", "")).split()
-    precisions = precisions if len(precisions) == count else [""] * count
-    return [f"{number} {precision}".strip() for number, precision in enumerate(precisions, start=1)]
+    words = str(row.get("members", "")).split()
+    looks = [""]
+    for kind in ("mirrored", "shifted"):
+        looks += [f"{look} {kind}".strip() for look in looks] if kind in words else []
+    names = [f"{word} {look}" for look in looks for word in words if word not in ("mirrored", "shifted")]
+    names = names if len(names) == count else [""] * count
+    return [f"{number} {name}".strip() for number, name in enumerate(names, start=1)]
 
 
 def _facts(view: RunView, row: Row) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Show the bracket of each ensemble: what is proven from below, and what attacks leave from above."""
 
 from bitquorum.report.certify import certificate_table
-from bitquorum.report.page.collect import Part, Row, RunView
+from bitquorum.report.page.collect import Part, RunView
 from bitquorum.report.page.markup import Html, element, grid, join
 from bitquorum.report.page.sections.frame import Page, Section, missing, note
 
@@ -26,20 +26,14 @@ def _certificates(view: RunView) -> Html:
 
 
 def _part(view: RunView, part: Part) -> Html:
-    epsilons = {row["epsilon"] for row in part.rows}
-    table = certificate_table([dict(row) for row in part.rows], _ceilings(view, epsilons))
+    table = certificate_table([dict(row) for row in part.rows], _ceilings(view))
     title = element("h4", f"Certification {part.digest}") if len(view.certificates) > 1 else None
     caption = "Accuracy in %, with 95 % intervals"
     return join([title, grid(table.header, table.rows, caption, texts=(0, 1)), note(table.note)])
 
 
-def _ceilings(view: RunView, epsilons: set[float]) -> list[dict[str, object]]:
-    """Return the stored worst cases of attacks in the maximum norm at these radii: of ladders, then of the grid."""
-
-    def worst(rows: tuple[Row, ...], name: str) -> list[dict[str, object]]:
-        found = (row for row in rows if row["attack"] == "worst" and row["name"] == "accuracy")
-        return [{**row, "ceiling": name} for row in found if row["epsilon"] in epsilons]
-
-    ladders = [part for part in view.ladders if part.config.get("norm") == "linf"]
-    found = [row for part in ladders for row in worst(part.rows, f"ladder {part.config['name']}")]
-    return found + [row for part in view.evaluations for row in worst(part.rows, "evaluation")]
+def _ceilings(view: RunView) -> list[dict[str, object]]:
+    """Return the rows of attacks with whose they are: of ladders, then of evaluations."""
+    named = [(f"ladder {part.config['name']}", part) for part in view.ladders]
+    named += [("evaluation", part) for part in view.evaluations]
+    return [{**row, "ceiling": name} for name, part in named for row in part.rows]

@@ -1,5 +1,6 @@
 """Show what detectors tell apart, and what rejecting what they flag is worth."""
 
+from bitquorum.report.detect import rate_columns
 from bitquorum.report.page import detectors
 from bitquorum.report.page.collect import Part, Row, RunView, distinct, select
 from bitquorum.report.page.look import level_label, threat_label
@@ -19,8 +20,8 @@ def detection(page: Page) -> Section:
         short="Detectors",
         title="Detectors",
         lead="Does a statistic of the members' predictions tell attacked images from clean ones? Positives are the "
-        "attacked images that were right when clean and are wrong now. An AUROC of 0.5 is chance; TPR@5 and TPR@1 are "
-        "the shares found at 5 % and 1 % false positives, a dash where fewer than 10 images are positives. Of "
+        "attacked images that were right when clean and are wrong now. An AUROC of 0.5 is chance; TPR@5 is the share "
+        "found at 5 % false positives, a dash where fewer than 10 images are positives. Of "
         "window-mi both sides are windows of all images, fooled or not. The number that counts is the one against an "
         "attack that knows the detector.",
         body=page.per_run(lambda view: _detection(page, view)),
@@ -54,7 +55,9 @@ def _part(page: Page, view: RunView, part: Part) -> Html:
 
 def _rates(part: Part, arm: str, rows: list[Row]) -> Html:
     """Return a line for each threat and statistic, with and without an attack that knows the detector."""
-    header = ("threat", "statistic", "attack knows the detector", "positives", "AUROC", "TPR@5, %", "TPR@1, %")
+    rates = rate_columns([dict(row) for row in rows])
+    header = ["threat", "statistic", "attack knows the detector", "positives", "AUROC"]
+    header += [f"TPR@{rate.removeprefix('tpr')}, %" for rate in rates]
     body = [
         (
             threat_label({**row, "aware": False}),
@@ -62,8 +65,7 @@ def _rates(part: Part, arm: str, rows: list[Row]) -> Html:
             "yes" if row.get("aware") else "no",
             str(row.get("successes", "–")),
             number(row, "auroc"),
-            share(row, "tpr5"),
-            share(row, "tpr1"),
+            *(share(row, rate) for rate in rates),
         )
         for row in rows
     ]

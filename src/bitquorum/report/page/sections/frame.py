@@ -69,15 +69,10 @@ class Page:
         return join(blocks)
 
 
-def missing(view: RunView, what: str, command: str) -> Html:
-    """Return the sentence that stands in place of a part that the store does not hold."""
-    return element(
-        "p",
-        f"No {what} is stored for this run; ",
-        element("code", f"{command} {view.command}".strip()),
-        " makes it.",
-        class_="missing",
-    )
+def missing(view: RunView, what: str, command: str = "") -> Html:
+    """Return what stands in place of a part that the store does not hold, with the command that makes it."""
+    advice = ["; ", element("code", f"{command} {view.command}"), " makes it"] if command else []
+    return element("p", f"No {what} is stored for this run", *advice, ".", class_="missing")
 
 
 def note(text: str) -> Html:

@@ -72,7 +72,7 @@ def about(page: Page) -> Section:
 
 def _training(page: Page, view: RunView) -> Html:
     plot = page.plot(curves.training(view, page.look), "Click a name below to hide it.")
-    return plot or missing(view, "training", "bitquorum run")
+    return plot or missing(view, "training")
 
 
 def _examples(view: RunView) -> Html:
@@ -157,7 +157,7 @@ def _costs(view: RunView) -> Html:
 
 def _sessions(view: RunView) -> Html:
     if not view.environments:
-        return missing(view, "session of work", "bitquorum run")
+        return missing(view, "session of work")
     header = ("work", "ended", "seconds", "threads", "hardware", "python", "torch", "bitquorum", "revision")
     body = [_session(row) for row in view.environments]
     table = grid(header, body, f"Sessions of work, {view.name}", texts=(0, 1, 4, 5, 6, 7, 8))

@@ -41,7 +41,7 @@ def failures(views: Sequence[RunView]) -> Html:
         element(
             "li",
             element("strong", f"{row['name']}"),
-            f" – {row['arm']} at {epsilon_label(row['epsilon'])}, {view.name}: {row['reason']}",
+            f" – {row['arm']} at {epsilon_label(row['epsilon'], row.get('norm'))}, {view.name}: {row['reason']}",
         )
         for view, row in failed
     )
@@ -105,13 +105,14 @@ def _summary(view: RunView) -> Html:
     climbed = view.ladders[0] if view.ladders else None
     rows = [*(evaluation.rows if evaluation else ()), *(climbed.rows if climbed else ())]
     if not rows:
-        return missing(view, "evaluation", "bitquorum run")
+        return missing(view, "evaluation", "bitquorum evaluate")
     grid_radii = sorted(radius for radius in distinct(evaluation.rows, "epsilon") if radius) if evaluation else []
     ladder_radii = sorted(radius for radius in distinct(climbed.rows, "epsilon") if radius) if climbed else []
     header = ["ensemble", "members", "parameters", "clean"]
     header += [f"worst of the grid at {epsilon_label(radius)}" for radius in grid_radii]
     for radius in ladder_radii:
-        header += [f"{kind} at {epsilon_label(radius)}" for kind in ("ladder: claim", "ladder: worst")]
+        at = epsilon_label(radius, climbed.config.get("norm") if climbed else None)
+        header += [f"{kind} at {at}" for kind in ("ladder: claim", "ladder: worst")]
     header += ["self-checks"] if climbed else []
     body = []
     for arm in view.arms:
@@ -119,7 +120,7 @@ def _summary(view: RunView) -> Html:
         cells += [_accuracy(_found(evaluation, arm, radius, "worst")) for radius in grid_radii]
         for radius in ladder_radii:
             cells += [_accuracy(_found(climbed, arm, radius, kind)) for kind in ("claim: ", "worst")]
-        body.append([*cells, *([_checks(climbed, arm)] if climbed else [])])
+        body.append([*cells, *([_checks(view, arm)] if climbed else [])])
     data = view.config.get("data")
     name = data.get("name") if isinstance(data, dict) else None
     about = f"{view.name}: {name}" if name else view.name
@@ -129,7 +130,7 @@ def _summary(view: RunView) -> Html:
     if climbed:
         parts.append(f"Ladder {climbed.label}: {counts(climbed.rows)}.")
     several = len(view.evaluations) > 1 or len(view.ladders) > 1
-    parts += ["The first of each is shown here, all of them below."] if several else []
+    parts += ["The first of each is shown here, all of them below; self-checks are of all."] if several else []
     shown = grid(header, body, about, texts=(0, 1, *([len(header) - 1] if climbed else [])))
     return join([shown, note(" ".join(parts)), *_differences(view)])
 
@@ -165,11 +166,11 @@ def _parameters(view: RunView, arm: str) -> str:
     return f"{found[0]:,}" if found else "–"
 
 
-def _checks(part: Part | None, arm: str) -> str:
-    rows = select(part.sheet("verdicts"), arm=arm) if part else []
+def _checks(view: RunView, arm: str) -> str:
+    rows = [row for part in view.ladders for row in select(part.sheet("verdicts"), arm=arm)]
     if not rows:
         return "–"
-    failed = [str(row["name"]) for row in rows if row["passed"] is False]
+    failed = distinct([row for row in rows if row["passed"] is False], "name")
     if not failed:
         posed = sum(bool(row["passed"]) for row in rows)
         unposed = f", {len(rows) - posed} not posed" if posed < len(rows) else ""
@@ -179,8 +180,8 @@ def _checks(part: Part | None, arm: str) -> str:
 
 def _security(page: Page, view: RunView) -> Html:
     if not view.evaluations and not view.ladders:
-        return missing(view, "evaluation", "bitquorum run")
-    blocks: list[Html | None] = [] if view.evaluations else [missing(view, "grid of attacks", "bitquorum run")]
+        return missing(view, "evaluation", "bitquorum evaluate")
+    blocks: list[Html | None] = [] if view.evaluations else [missing(view, "grid of attacks", "bitquorum evaluate")]
     for number, part in enumerate(view.evaluations or (None,)):
         ladders = view.ladders if number == 0 else ()
         answers = curves.answers_of(part, ladders)
