@@ -1,11 +1,15 @@
 """Test APGD against the optimum of a linear model, and against plain PGD where the optimum is not known."""
 
+from collections.abc import Callable
+from itertools import pairwise
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from bitquorum import rng
-from bitquorum.attacks import APGD, FAB, PGD, APGDTargeted
+from bitquorum.attacks import APGD, FAB, PGD, APGDTargeted, Loss
 from bitquorum.attacks.apgd import checkpoints_of
 from bitquorum.attacks.base import Problem
 from bitquorum.conversion import Policy, convert
@@ -112,6 +116,93 @@ def test_checkpoints_lie_inside_the_search_and_come_closer():
     for steps in (5, 20, 50, 100):
         found = sorted(checkpoints_of(steps))
         assert 1 <= found[0] <= found[-1] <= steps
+    gaps = [after - before for before, after in pairwise([0, *sorted(checkpoints_of(1000))])]
+    assert gaps == [220, 190, 160, 130, 100, 70, 60, 60]
+
+
+def paper_search(
+    start: torch.Tensor, steps: int, value: Callable[[torch.Tensor], torch.Tensor], clip: Callable[..., torch.Tensor]
+) -> tuple[list[torch.Tensor], int, int]:
+    """Return what algorithm 1 of Croce and Hein visits from a point, and at how many checkpoints it (not) halves."""
+
+    def climbed(x: torch.Tensor, length: float) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(x), x)
+        return clip(x.detach() + length * gradient.sign())
+
+    length, before, kept, turned = 0.2, start, 0, 0
+    x = climbed(start, length)
+    visited, values = [start, x], [float(value(start)), float(value(x))]
+    best_value, best = max((values[0], start), (values[1], x), key=lambda pair: pair[0])
+    checks = [0, *sorted(checkpoints_of(steps))]
+    at_check, halved = values[0], True
+    for k in range(1, steps):
+        z = climbed(x, length)
+        moved = clip(x + 0.75 * (z - x) + 0.25 * (x - before))
+        visited.append(moved)
+        values.append(float(value(moved)))
+        if values[-1] > best_value:
+            best_value, best = values[-1], moved
+        before, x = x, moved
+        if k + 1 in checks:
+            last = checks[checks.index(k + 1) - 1]
+            rises = sum(values[i + 1] > values[i] for i in range(last, k + 1))
+            halve = rises < 0.75 * (k + 1 - last) or (not halved and at_check == best_value)
+            if halve:
+                length, x, values[-1], turned = length / 2, best, best_value, turned + 1
+            kept += not halve
+            halved, at_check = halve, best_value
+    return visited, turned, kept
+
+
+def test_visits_the_points_of_the_papers_algorithm():
+    images = 0.2 + 0.6 * torch.rand(16, 10, dtype=torch.float64)
+    goal = images + 0.1 * (2 * torch.rand(16, 10, dtype=torch.float64) - 1)
+    steps, met = 40, []
+
+    class Pixels(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            met.append(x.detach().clone())
+            return x[None, None]
+
+    def value(x: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        return 0.02 * (40 * x).sin().sum(-1) - (x - goal).abs().sum(-1)
+
+    APGD(steps=steps)(
+        Pixels(), images, torch.zeros(16).long(), epsilon=0.1, criterion=lambda logits: value(logits[0, 0], goal)
+    )
+    assert len(met) == steps + 1
+    turned = kept = 0
+    for row, image in enumerate(images):
+        visited, halvings, others = paper_search(
+            met[0][row],
+            steps,
+            lambda x, row=row: value(x, goal[row]),
+            lambda x, image=image: torch.maximum(torch.minimum(x, image + 0.1), image - 0.1).clamp(0, 1),
+        )
+        turned, kept = turned + halvings, kept + others
+        torch.testing.assert_close(torch.stack(met)[:, row], torch.stack(visited), rtol=0, atol=1e-9)
+    assert turned > 16
+    assert kept > 4
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_targeted_breaks_a_linear_model_of_many_classes_wherever_it_can_be_broken(loss: Loss):
+    model = linear_model(classes=6)
+    weight, bias = model.members[0].weight.detach(), model.members[0].bias.detach()
+    images, epsilon = 0.2 + 0.6 * torch.rand(60, 12), 0.02
+    logits = images @ weight.T + bias
+    labels = logits.argmax(-1)
+    reach = (weight[None] - weight[labels][:, None]).abs().sum(-1)
+    margins = logits - logits.gather(1, labels[:, None]) + epsilon * reach
+    known = margins.scatter(1, labels[:, None], -torch.inf).amax(1)
+    found = APGDTargeted(steps=20, targets=0, loss=loss)(model, images, labels, epsilon=epsilon).images
+    after = found @ weight.T + bias
+    reached = after.scatter(1, labels[:, None], -torch.inf).amax(1) - after.gather(1, labels[:, None])[:, 0]
+    assert 0 < int((known > 0).sum()) < 60
+    assert torch.equal(reached > 0, known > 0)
+    if loss == "margin":
+        torch.testing.assert_close(reached, known, rtol=0, atol=1e-5)
 
 
 def test_refuses_an_empty_search():

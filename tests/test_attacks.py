@@ -3,7 +3,8 @@
 import math
 from dataclasses import replace
 from itertools import pairwise, product
-from typing import Any
+from statistics import fmean
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bitquorum import rng
 from bitquorum.attacks import FGSM, PGD, Attack, Loss, Pooling, Problem, pooled_loss
-from bitquorum.attacks.base import check_choices, check_inputs
+from bitquorum.attacks.base import check_choices, check_inputs, targeted_loss
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.geometry import norm_of, project, random_point
@@ -21,8 +22,8 @@ from bitquorum.interface import Cost, InputError, Model
 from bitquorum.quantizers import Law, Logistic, Quantizer, StochasticRounding, Surrogate
 from bitquorum.quantizers.surrogate import ambient
 
-POOLINGS: tuple[Pooling, ...] = ("mean-loss", "mean-probability", "mean-logits", "mean-member-loss")
-LOSSES: tuple[Loss, ...] = ("cross-entropy", "margin")
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 EOT = PGD(steps=10, eot=4, restarts=2, selection=4)
 
 
@@ -307,15 +308,25 @@ def test_more_draws_attack_a_stochastic_rounding_network_at_least_as_well():
 # The loss
 
 
-def hand_loss(logits: Tensor, labels: Tensor, loss: Loss, pooling: Pooling) -> list[float]:
-    """Compute the pooled loss number by number."""
+def hand_loss(
+    logits: Tensor, labels: Tensor, loss: Loss, pooling: Pooling, targets: Tensor | None = None
+) -> list[float]:
+    """Compute the pooled loss number by number, with targets that towards them."""
     draws, members, batch, classes = logits.shape
     p = logits.softmax(-1)
 
-    def of(probability: list[float], label: int) -> float:
-        if loss == "cross-entropy":
-            return -math.log(probability[label])
-        return max(math.log(q) for c, q in enumerate(probability) if c != label) - math.log(probability[label])
+    def of(probability: list[float], label: int, target: int | None) -> float:
+        z = [math.log(q) for q in probability]
+        first, second, *others = sorted(z, reverse=True)
+        towards = max(value for c, value in enumerate(z) if c != label) if target is None else z[target]
+        if loss.endswith("cross-entropy"):
+            heat = max(1.0, first - second) if loss == "scaled-cross-entropy" else 1.0
+            wanted, sign = (label, -1) if target is None else (target, 1)
+            return sign * (z[wanted] / heat - math.log(sum(math.exp(value / heat) for value in z)))
+        if loss == "margin":
+            return towards - z[label]
+        last = others[0] if target is None else sum(others[:2]) / 2
+        return (towards - z[label]) / (first - last)
 
     def softmax(values: list[float]) -> list[float]:
         total = sum(math.exp(v) for v in values)
@@ -327,9 +338,14 @@ def hand_loss(logits: Tensor, labels: Tensor, loss: Loss, pooling: Pooling) -> l
             "mean-loss": [[float(p[t, :, n, c].mean()) for c in range(classes)] for t in range(draws)],
             "mean-probability": [[float(p[:, :, n, c].mean()) for c in range(classes)]],
             "mean-logits": [softmax([float(logits[t, :, n, c].mean()) for c in range(classes)]) for t in range(draws)],
-            "mean-member-loss": [p[t, m, n].tolist() for t, m in product(range(draws), range(members))],
-        }[pooling]
-        result.append(sum(of(view, int(labels[n])) for view in views) / len(views))
+        }
+        asked = int(labels[n]), None if targets is None else int(targets[n])
+        if pooling in views:
+            result.append(fmean(of(view, *asked) for view in views[pooling]))
+        else:
+            each = [[of(p[t, m, n].tolist(), *asked) for m in range(members)] for t in range(draws)]
+            join = {"mean-member-loss": fmean, "least-member-loss": min}[pooling]
+            result.append(fmean(join(found) for found in each))
     return result
 
 
@@ -339,6 +355,19 @@ def test_pooled_loss_by_hand(loss: Loss, pooling: Pooling):
     logits, labels = 2 * normal(12, 3, 2, 4, 5).double(), torch.tensor([0, 4, 2, 2])
     got = pooled_loss(logits, labels, loss=loss, pooling=pooling)
     known = torch.tensor(hand_loss(logits, labels, loss, pooling), dtype=torch.float64)
+    torch.testing.assert_close(got, known, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_targeted_loss_by_hand(loss: Loss, pooling: Pooling):
+    logits, labels, targets = (
+        2 * normal(12, 3, 2, 4, 5).double(),
+        torch.tensor([0, 4, 2, 2]),
+        torch.tensor([3, 0, 1, 4]),
+    )
+    got = targeted_loss(logits, labels, targets, loss=loss, pooling=pooling)
+    known = torch.tensor(hand_loss(logits, labels, loss, pooling, targets), dtype=torch.float64)
     torch.testing.assert_close(got, known, rtol=1e-12, atol=1e-12)
 
 

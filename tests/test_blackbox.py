@@ -77,9 +77,10 @@ def test_counts_its_queries(attack, forward):
     assert attack(model, images, labels, epsilon=0.1).cost == Cost(forward=forward)
 
 
-def test_square_finds_the_corner_that_is_optimal_for_a_linear_model():
+@pytest.mark.parametrize("fresh", [False, True])
+def test_square_finds_the_corner_that_is_optimal_for_a_linear_model(fresh: bool):
     model, images, labels = linear(), 0.3 + 0.4 * torch.rand(20, 12), torch.arange(20) % 2
-    found = Square(queries=400, fresh=False)(model, images, labels, epsilon=0.1).images
+    found = Square(queries=400, fresh=fresh)(model, images, labels, epsilon=0.1).images
     assert torch.allclose(found, optimum(model, images, labels, 0.1), atol=1e-6)
 
 

@@ -110,6 +110,41 @@ def test_the_stated_accuracy_is_that_of_draws_nobody_saw():
     assert climb.worst.value <= climb.claimed.value + 0.01
 
 
+def test_attacks_and_choices_never_meet_the_judges_draws():
+    """The judges' draws are those that judge anew what a climb left; whatever else was asked met others."""
+    model, examples = random_network(), examples_of(8)
+    seen: dict[str, set[int]] = {"attack": set(), "other": set()}
+
+    class Watched(nn.Module):
+        stochastic, passes = True, 1
+
+        def forward(self, images: Tensor) -> Tensor:
+            ambient = rng.current()
+            assert ambient is not None
+            seen["attack" if images.requires_grad else "other"].update(ambient.seeds)
+            return model(images)
+
+        def predict(self, logits: Tensor) -> Tensor:
+            return model.predict(logits)
+
+    watched = Watched()
+    climbed = ladder(PGD(steps=3, eot=2), APGD(steps=3, eot=2), draws=6)
+    climb = climbed(watched, examples, epsilon=0.1)
+    attacked, asked = seen["attack"], set(seen["other"])
+    seen["other"].clear()
+    arena = Arena(model=watched, shown=watched, examples=examples, ladder=climbed, sources={})
+    assert torch.equal(arena.judge(climb.images, torch.arange(8)), climb.correct)
+    judges = set(seen["other"])
+    assert len(judges) == 6
+    assert judges < asked
+    assert not judges & attacked
+    seen["other"].clear()
+    arena.score(climb.images, torch.arange(8))
+    assert seen["other"]
+    assert not judges & seen["other"]
+    assert not attacked & seen["other"]
+
+
 def test_no_rung_makes_the_worst_case_milder_and_each_image_keeps_its_best_version():
     model, examples = random_network(), examples_of(40)
     versions: list[Tensor] = []

@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
         "cpu": {
             "model": info.get("model name", "") or platform.processor() or "unknown",
             "cores": os.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "usable_cores": usable_cores(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             **{flag: flag in flags for flag in _CPU_FLAGS},
         },
@@ -46,6 +46,11 @@ def environment() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "git": _git(),
     }
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, where the system tells, or else that of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version() -> str:

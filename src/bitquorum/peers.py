@@ -55,6 +55,7 @@ class _Task:
     """Hold what a peer is given."""
 
     module: nn.Module
+    classes: int
     images: Tensor
     labels: Tensor
     epsilon: float
@@ -107,12 +108,14 @@ def second_opinion(
         seed: Of torch's generator and, where it takes one, of the peer.
 
     Raises:
-        ConfigError: if the peer is unknown or not installed.
+        ConfigError: if the peer is unknown or not installed, or does not know the norm.
         PeerError: if it fails on this model.
     """
-    call, module, distribution = _peer(name)
-    _require(name, module, distribution)
-    task = _Task(module=Scores(model).eval(), images=images, labels=labels, epsilon=epsilon, norm=norm, seed=seed)
+    check_peer(name, norm)
+    call, scores = _peer(name)[0], Scores(model).eval()
+    with rng.torch_seed(seed), torch.no_grad():
+        classes = scores(images[:1]).shape[1]
+    task = _Task(module=scores, classes=classes, images=images, labels=labels, epsilon=epsilon, norm=norm, seed=seed)
     started = time.monotonic()
     with warnings.catch_warnings(), rng.torch_seed(seed):
         warnings.simplefilter("ignore")
@@ -136,10 +139,12 @@ def second_opinion(
     )
 
 
-def check_peer(name: str) -> None:
-    """Raise `ConfigError` if a peer is unknown or not installed: before long work, not after it."""
+def check_peer(name: str, norm: Norm = "linf") -> None:
+    """Raise `ConfigError` if a peer is unknown, not installed or without the norm: before long work, not after it."""
     _, module, distribution = _peer(name)
     _require(name, module, distribution)
+    if norm != "linf" and module == "torchattacks":
+        raise ConfigError(f"expected the norm linf for {name}, got {norm}; choose another peer")
 
 
 def version_of(name: str) -> str:
@@ -178,6 +183,8 @@ def _autoattack(version: str) -> Callable[[_Task], tuple[Tensor, float | None]]:
                 seed=task.seed,
                 device=task.images.device,
             )
+            few = min(9, task.classes - 1)  # wrong classes to aim at: nine, or as many as there are
+            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = few
             found, _ = attack.run_standard_evaluation(task.images, task.labels, batch_size=250, state_path=state)
             flags = json.loads(state.read_text())["_robust_flags"]
         return found, sum(flags) / len(flags)
@@ -189,9 +196,10 @@ def _torchattacks(name: str, **options: Any) -> Callable[[_Task], tuple[Tensor, 
     def call(task: _Task) -> tuple[Tensor, float | None]:
         import torchattacks  # type: ignore[import-not-found]
 
-        if task.norm != "linf":
-            raise ConfigError(f"expected the norm linf for torchattacks' {name}, got {task.norm}")
-        usual = {"alpha": task.epsilon / 4} if name in ("PGD", "EOTPGD") else {"seed": task.seed}
+        if name == "AutoAttack":  # as many wrong classes to aim at as AutoAttack has, and as there are
+            usual: dict[str, Any] = {"seed": task.seed, "n_classes": min(10, task.classes)}
+        else:
+            usual = {"alpha": task.epsilon / 4}
         attack = getattr(torchattacks, name)(task.module, eps=task.epsilon, **usual, **options)
         parts = [attack(x, y) for x, y in zip(task.images.split(250), task.labels.split(250), strict=True)]
         return torch.cat(parts), None

@@ -86,7 +86,7 @@ class APGD(_AdaptiveSteps):
     changed. The point of the largest margin that was met is returned, whatever the loss. Under noise the loss of a step
     is its mean over the step's own `eot` draws. With `loss="cross-entropy"` it is APGD-CE, with `dlr` APGD-DLR.
     Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690, algorithm 1 and section 3. Deviations: draws,
-    which the paper does not have; it returns the point of the largest loss.
+    which the paper does not have; the margin decides what is returned, in the paper the loss.
 
     Attributes:
         steps: Number of steps of each restart.

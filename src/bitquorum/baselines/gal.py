@@ -3,7 +3,9 @@
 Paper: Kariyappa, Qureshi, 2019. Mean cross-entropy of the members plus 0.5 times the log-sum-exp of the cosines
 between the members' input gradients.
 
-Deviations: those of `objective.GAL`; the paper's leaky ReLU is not kept, the setting's network is.
+Deviations: those of `objective.GAL`; the paper's leaky ReLU is not kept, the setting's network is. The whole loss is
+taken times the number of members: it leaves Adam, the paper's optimizer, as it was, and gives each member under SGD the
+learning rate of the other rows.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import ClassVar, final
 
 from bitquorum import objective
 from bitquorum.baselines.base import Baseline, Setting
-from bitquorum.baselines.parts import FLOAT
+from bitquorum.baselines.parts import FLOAT, apart
 from bitquorum.config import Arm
 
 
@@ -29,5 +31,6 @@ class GAL(Baseline):
 
     def __call__(self, setting: Setting) -> Arm:
         """Return the arm."""
-        terms = (objective.MemberCrossEntropy(), objective.GAL(weight=self.weight))
+        count = setting.members
+        terms = (apart(count), objective.GAL(weight=count * self.weight))
         return self._arm(setting, (FLOAT,) * setting.members, objective.Objective(terms=terms))

@@ -5,7 +5,8 @@ Paper: Alam et al., 2021, the first version of arXiv 2112.04948, by its abstract
 and averaged over layers. Sums, layers and weight are those of the authors' code, which is of the second version
 (Shukla et al., 2025): there gradients are in the weights, and a correlation of outputs multiplies the cosines.
 
-Deviations: those of `objective.PARL`.
+Deviations: those of `objective.PARL`. The whole loss is taken times the number of members: it leaves Adam, the authors'
+optimizer, as it was, and gives each member under SGD the learning rate of the other rows.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import ClassVar, final
 
 from bitquorum import objective
 from bitquorum.baselines.base import Baseline, Setting
-from bitquorum.baselines.parts import FLOAT
+from bitquorum.baselines.parts import FLOAT, apart
 from bitquorum.config import Arm
 
 
@@ -33,5 +34,6 @@ class PARL(Baseline):
 
     def __call__(self, setting: Setting) -> Arm:
         """Return the arm."""
-        terms = (objective.MemberCrossEntropy(), objective.PARL(weight=self.weight, layers=self.layers))
+        count = setting.members
+        terms = (apart(count), objective.PARL(weight=count * self.weight, layers=self.layers))
         return self._arm(setting, (FLOAT,) * setting.members, objective.Objective(terms=terms))

@@ -1,6 +1,5 @@
 """Do many tasks: one after the other, or on several processes of this machine. `cluster` does them on many machines."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from bitquorum.allocator import keep_freed_memory
 from bitquorum.bench.entry import CELLS, work
 from bitquorum.bench.suite import Entry
 from bitquorum.config import Experiment
+from bitquorum.environment import usable_cores
 from bitquorum.experiment import train
 from bitquorum.interface import BitquorumError, Listener
 
@@ -44,12 +44,21 @@ def title(task: Task) -> str:
 
 
 def do(task: Task, place: Place) -> None:
-    """Train an experiment, or do the work of an entry; what is stored is not repeated."""
+    """Train an experiment, or do the work of an entry; what is stored is not repeated.
+
+    Raises:
+        BitquorumError: whatever fails, such as memory that runs out in one task: the others go on.
+    """
     common: dict[str, Any] = {"device": place.device, "data_root": place.data_root, "listener": place.listener}
-    if isinstance(task, Entry):
-        work(task, place.root, **common)
-    else:
-        train(task, place.root / CELLS, **common)
+    try:
+        if isinstance(task, Entry):
+            work(task, place.root, **common)
+        else:
+            train(task, place.root / CELLS, **common)
+    except BitquorumError:
+        raise
+    except Exception as error:
+        raise BitquorumError(f"expected {title(task)} to be computed, got {type(error).__name__}: {error}") from error
 
 
 def serial(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
@@ -67,7 +76,7 @@ def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]
     """Return what does tasks on `jobs` processes of this machine, each with its share of the cores."""
 
     def run(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        threads = max(1, usable_cores() // jobs)
         context = get_context("spawn")
         with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads,)) as pool:
             futures = {}

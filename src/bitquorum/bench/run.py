@@ -48,7 +48,7 @@ def bench(
     with stored.lock():
         for entry in suite.entries():
             _take(entry, stored, place.root, known)
-        missing = [entry for entry in suite.entries(only) if not _file(stored, entry).exists()]
+        missing = [entry for entry in suite.entries(only) if not _known(_file(stored, entry), entry)]
         failed, started = [], time.monotonic()
         if missing:
             failed = _compute(missing, stored, place, pool)
@@ -127,14 +127,21 @@ def _file(stored: Run, entry: Entry) -> Path:
     return stored.path / "entries" / f"{entry.title}@{entry.experiment.seed}.json"
 
 
+def _known(path: Path, entry: Entry) -> list[dict[str, Any]]:
+    """Return the row of a file if it is that of an entry: rows of other versions of it are left out."""
+    return [row for row in read_jsonl(path, ("entry",)) if row["entry"] == digest(entry)]
+
+
 def _take(entry: Entry, stored: Run, root: Path, known: Sequence[Path]) -> None:
-    """Copy the row of an entry into the suite's run, from its training or from a published suite."""
-    path, key = _file(stored, entry), digest(entry)
-    if path.exists():
+    """Copy the row of an entry into the suite's run, from its training or from a published suite.
+
+    What lies there of an earlier version of the entry goes: no table holds both.
+    """
+    path = _file(stored, entry)
+    if _known(path, entry):
         return
-    places = [entry_folder(entry, root) / "row.json", *(folder / "entries" / path.name for folder in known)]
-    for place in places:
-        for row in read_jsonl(place, ("entry",)):
-            if row["entry"] == key:
-                atomic_write(path, json_row(row))
-                return
+    path.unlink(missing_ok=True)
+    for place in (entry_folder(entry, root) / "row.json", *(folder / "entries" / path.name for folder in known)):
+        for row in _known(place, entry):
+            atomic_write(path, json_row(row))
+            return

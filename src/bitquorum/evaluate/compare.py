@@ -3,11 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.interface import InputError
+
+_NORMAL: Final = 1.959964
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,10 @@ def difference(ours: Float[Tensor, "seeds images"], theirs: Float[Tensor, "seeds
     residual = d - d.mean(0) - d.mean(1, keepdim=True) + mean
     alone = float(residual.square().sum()) / max(1, (seeds - 1) * (images - 1)) / d.numel()
     variance = by_image + max(0.0, by_seed - alone)
-    if variance <= 0:  # every image differs by the same
-        return Difference(value=mean, low=mean, high=mean, p=1.0 if mean == 0 else 0.0)
+    if variance <= 0:  # every image differs by the same: unlike ones may exist, as `interval` has it
+        edge = _NORMAL**2 / (images + _NORMAL**2)
+        p = 1.0 if mean == 0 else 2.0 ** (1 - images)  # of the sign test
+        return Difference(value=mean, low=max(-1.0, mean - edge), high=min(1.0, mean + edge), p=p)
     freedom = variance**2 / (by_image**2 / (images - 1) + (variance - by_image) ** 2 / max(1, seeds - 1))
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     p = 2 * float(stdtr(freedom, -abs(mean) / math.sqrt(variance)))

@@ -17,7 +17,7 @@ from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Step, V
 from bitquorum.experiment.runs import choose_arms, experiment_of, restored, working
 from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import Cost, DataError, Listener
-from bitquorum.peers import check_peer, second_opinion
+from bitquorum.peers import PeerError, check_peer, second_opinion
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
 from bitquorum.toml import read_toml
@@ -49,12 +49,13 @@ def climb_run(
         listener: Hears of progress.
 
     Raises:
-        BitquorumError: if an arm or a peer is unknown or not trained, data are missing, or a stored file is corrupt.
+        BitquorumError: if an arm or a peer is unknown or not trained, data are missing, or a stored file is corrupt;
+            if a peer failed, after all else is done.
     """
     experiment = experiment_of(stored)
     chosen = choose_arms(experiment, arms)
     for name in also:
-        check_peer(name)
+        check_peer(name, ladder.norm)
     ladder = ladder.on(device)
     folder = ladder_folder(stored, ladder)
     parts = [*(f"{arm.name}/verdicts.jsonl" for arm in chosen), *_opinion_files(chosen, ladder, also)]
@@ -67,13 +68,20 @@ def climb_run(
         found = restored(experiment, stored, device=device, data_root=data_root)
         ensembles = {arm.name: ensemble for arm, ensemble in found}
         examples = examples_of(test, device)
+        failed: list[PeerError] = []
         for arm in chosen:
             others = {name: ensemble for name, ensemble in ensembles.items() if name != arm.name}
             if not (folder / arm.name / "verdicts.jsonl").exists():
                 climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
             for name in also:
-                _ask(folder / arm.name, ladder, ensembles[arm.name], examples, name, listener)
-        return _keep(folder, experiment, ladder)
+                try:
+                    _ask(folder / arm.name, ladder, ensembles[arm.name], examples, name, listener)
+                except PeerError as error:
+                    failed.append(error)
+        rows = _keep(folder, experiment, ladder)
+    if failed:
+        raise failed[0]
+    return rows
 
 
 def usual_epsilons(stored: Run) -> list[float]:

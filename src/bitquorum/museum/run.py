@@ -124,16 +124,15 @@ def _ladder(museum: Museum) -> Ladder:
     return replace(ladder_named(museum.ladder), seed=museum.seed, batch_size=_BATCH)
 
 
-def _arena(museum: Museum, model: Wrapped | Ensemble, batch: Batch, seed: int) -> Arena:
+def _arena(ladder: Ladder, model: Wrapped | Ensemble, batch: Batch) -> Arena:
     examples = Examples(images=batch.images, labels=batch.labels, index=torch.arange(len(batch)))
-    ladder = replace(_ladder(museum), seed=seed, draws=50)
     return Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={})
 
 
 def _unseen(museum: Museum, model: torch.nn.Module, batch: Batch, report: Report) -> dict[str, float]:
     """Return the accuracy of the worst versions on 50 draws that nothing in the evaluation saw."""
     wrapped = wrap(model, batch.images, batch.labels)
-    arena = _arena(museum, wrapped, batch, museum.seed + 1)
+    arena = _arena(replace(_ladder(museum), seed=museum.seed + 1, draws=50), wrapped, batch)
     return {"unseen": float(arena.judge(report.climb.images, torch.arange(len(batch))).float().mean())}
 
 
@@ -158,6 +157,6 @@ def _opinion(museum: Museum, exhibit: Exhibit, batch: Batch, name: str) -> dict[
         opinion = second_opinion(name, model, batch.images, batch.labels, epsilon=museum.epsilon, seed=museum.seed)
     except PeerError as error:
         return {"value": None, "claimed": None, "version": version_of(name), "failed": str(error)}
-    accuracy = interval(_arena(museum, model, batch, museum.seed).judge(opinion.images, torch.arange(len(batch))))
+    accuracy = interval(_arena(_ladder(museum), model, batch).judge(opinion.images, torch.arange(len(batch))))
     facts = {"claimed": opinion.claimed, "version": opinion.version, "seconds": round(opinion.seconds, 1)}
     return {**asdict(accuracy), **facts}

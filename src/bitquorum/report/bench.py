@@ -20,7 +20,8 @@ main { max-width: 110rem; margin: 0 auto; }
 
 def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return one line for each defence: those trained without adversarial images first, the best worst case first."""
-    body = [(*_accuracies(row), *_costs(row)) for row in _ordered(rows)]
+    most = max((len(row["seeds"]) for row in rows), default=0)
+    body = [(*_accuracies(row, most), *_costs(row)) for row in _ordered(rows)]
     return Table(header=(*_SHOWN, *_COSTS), rows=tuple(body), note=_note(rows) if rows else "No rows yet.")
 
 
@@ -60,10 +61,12 @@ def _ordered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["adversarial"], -row["worst"]["value"]))
 
 
-def _accuracies(row: dict[str, Any]) -> tuple[str, ...]:
+def _accuracies(row: dict[str, Any], seeds: int) -> tuple[str, ...]:
     tpr = row["detector"]["tpr5"]
+    done = len(row["seeds"])
+    lacks = f" ({done} of {seeds} seeds)" if done < seeds else ""
     return (
-        row["title"] + (" (AT)" if row["adversarial"] else ""),
+        row["title"] + (" (AT)" if row["adversarial"] else "") + lacks,
         row["members"],
         *(_accuracy(row[name]) for name in ("clean", "claim", "worst")),
         "ref" if row["title"] == row["reference"] else points(row.get("difference")),
