@@ -265,7 +265,7 @@ def test_passes_and_weights_reach_the_arm():
     assert term_of(DefensiveQuantization(beta=0.5)(SETTING), objective.Orthogonality).weight == 0.5
     assert term_of(DVERGE(epsilon=0.1)(SETTING), objective.DVERGE).epsilon == 0.1
     assert [(type(term).__name__, term.weight) for term in PARL(weight=0.5)(SETTING).objective.terms] == [
-        ("MemberCrossEntropy", 1), ("PARL", 0.5)
+        ("MemberCrossEntropy", 3), ("PARL", 1.5)
     ]  # fmt: skip
     assert term_of(PARL(layers=2)(SETTING), objective.PARL).layers == 2
     assert term_of(TRS()(SETTING), objective.TRS).smoothness == 2.5 / 128**2

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from bitquorum.baselines import FloatEnsemble, LowBit, Setting, SqMi, Vanilla
 from bitquorum.bench import Place, bench, is_bench, read_suite, stored_suite, summary
+from bitquorum.bench import pools as bench_pools
 from bitquorum.bench import run as bench_run
 from bitquorum.bench.entry import CELLS, entry_folder, work
 from bitquorum.bench.suite import Entry, Suite
@@ -125,6 +127,33 @@ def test_published_rows_are_known(done, tmp_path, monkeypatch):
     changed = small(draws=6)
     monkeypatch.setattr(bench_run, "serial", lambda *_: iter(()))
     assert bench(changed, Place(root=tmp_path / "runs"), known=[tmp_path / "published"])[1] == []
+
+
+def test_a_row_of_another_version_of_its_entry_is_neither_shown_nor_kept(done, tmp_path, monkeypatch):
+    root, stored, rows = done
+    monkeypatch.setattr(bench_run, "serial", lambda *_: iter(()))
+    path = stored.path / "entries" / "vanilla@0.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "entry": "0" * 12, "worst": [1.0] * len(row["worst"])}))
+    copy = tmp_path / stored.path.name
+    shutil.copytree(stored.path, copy)
+    assert bench(small(), Place(root=root))[1] == rows, "the training still holds the row of today"
+    found = bench(small(), Place(root=tmp_path))[1]
+    assert [row["title"] for row in found] == ["low-bit"]
+    assert not (copy / "entries" / "vanilla@0.json").exists()
+
+
+def test_an_error_of_any_kind_stops_its_own_row_alone(tmp_path, monkeypatch):
+    tried = []
+
+    def out_of_memory(entry, *_, **__):
+        tried.append(entry.title)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_pools, "work", out_of_memory)
+    with pytest.raises(DataError, match=r"got 2 that failed, first vanilla, .* got RuntimeError: out of memory"):
+        bench(small(sources=()), Place(root=tmp_path))
+    assert tried == ["vanilla", "low-bit"]
 
 
 def test_only_some_rows(tmp_path, monkeypatch):
@@ -257,6 +286,12 @@ def test_tables_order_rows_and_mark_adversarial_training():
         ],
         "weak",
     )
+    fewer = [{**row, "seeds": [0, 1, 2][: 3 if row["adversarial"] else 1]} for row in rows]
+    assert [row[0] for row in bench_table(fewer).rows] == [
+        "strong (1 of 3 seeds)",
+        "weak (1 of 3 seeds)",
+        "trained (AT)",
+    ]
     table = bench_table(rows)
     assert [row[0] for row in table.rows] == ["strong", "weak", "trained (AT)"]
     assert table.rows[0][5] == "+80.0 [+75, +85]*"

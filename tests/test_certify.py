@@ -243,6 +243,17 @@ def test_the_term_is_the_likelihood_at_the_worst_logits_and_has_gradients(law: s
     assert sum(float(parameter.grad.abs().sum()) > 0 for parameter in model.parameters() if parameter.grad is not None)
 
 
+def test_the_term_is_exact_for_a_linear_network():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    here = step(Ensemble([network]), 1.0)
+    here = replace(here, images=0.2 + 0.6 * here.images, labels=here.labels % 5)
+    weight, logits = network[1].weight, network(here.images)
+    reach = (weight[None] - weight[here.labels][:, None]).abs().sum(-1)
+    worst = logits + 4 / 255 * reach  # each class against the true one, at the corner that favours it
+    wanted = nn.functional.cross_entropy(worst, here.labels)
+    torch.testing.assert_close(IntervalBound(epsilon=4 / 255)(here), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_term_has_gradients_through_group_norm_from_the_first_step():
     network = DigitsNet(width=4, norm="group")(classes=10, shape=(1, 8, 8))
     model = Ensemble.build([network], [Policy()])

@@ -6,6 +6,7 @@ from torch import nn
 
 from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import interval
 from bitquorum.evaluate.compare import difference, holm
 from bitquorum.evaluate.complexity import complexity
 from bitquorum.interface import InputError
@@ -59,7 +60,10 @@ def test_equal_rates_have_no_difference_and_equal_shifts_a_sure_one():
     rates = torch.rand(2, 10, generator=torch.Generator().manual_seed(2))
     assert difference(rates, rates).p == 1.0
     shifted = difference(torch.ones(1, 5), torch.zeros(1, 5))
-    assert (shifted.value, shifted.low, shifted.high, shifted.p) == (1.0, 1.0, 1.0, 0.0)
+    assert (shifted.value, shifted.high, shifted.p) == (1.0, 1.0, 2**-4), "by the sign test"
+    assert shifted.low == pytest.approx(interval(torch.ones(1, 5)).low), "as sure as five right ones of five"
+    same = difference(rates, rates)
+    assert (same.low, same.high) == (pytest.approx(-0.278, abs=1e-3), pytest.approx(0.278, abs=1e-3))
 
 
 def test_difference_refuses_a_single_image():

@@ -359,7 +359,15 @@ def test_idx_refuses_bad_headers(content, message):
 
 
 @QUICK
-@given(st.binary(max_size=40))
+@given(
+    st.binary(max_size=40)
+    | st.builds(
+        lambda dims, sizes, rest: bytes([0, 0, 8, dims]) + b"".join(size.to_bytes(4, "big") for size in sizes) + rest,
+        st.integers(1, 8),
+        st.lists(st.integers(0, 3) | st.integers(0, 2**32 - 1), max_size=3),
+        st.binary(max_size=12),
+    )
+)
 def test_any_bytes_give_an_array_or_a_data_error(content):
     for parse in (parse_idx, lambda data: parse_cifar(data, (1, 2, 2))):
         try:

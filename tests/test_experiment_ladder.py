@@ -251,12 +251,24 @@ def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
     assert undecided == [("self-test", None)], "the noise of so coarse a network hides its points, and nothing else"
 
 
+def test_a_peer_that_fails_stops_no_arm_and_is_reported_at_the_end(copied: Run, monkeypatch: pytest.MonkeyPatch):
+    def answer(name: str, *_: Any, **__: Any) -> peers.Opinion:
+        raise peers.PeerError(f"expected {name} to attack the model")
+
+    monkeypatch.setattr(module, "second_opinion", answer)
+    monkeypatch.setattr(module, "check_peer", lambda *_: None)
+    shutil.rmtree(copied.path / "ladders", ignore_errors=True)
+    with pytest.raises(peers.PeerError, match="expected autoattack-rand to attack"):
+        climb_run(copied, LADDER, also=["autoattack-rand"])
+    assert {row["arm"] for row in ladder_rows(copied, LADDER)} == {"plain", "sq"}
+
+
 def test_a_second_opinion_is_judged_on_our_draws(copied: Run, monkeypatch: pytest.MonkeyPatch):
     def answer(name: str, model: Any, images: torch.Tensor, labels: torch.Tensor, **options: Any) -> peers.Opinion:
         return peers.Opinion(name=name, version="9.9", images=images, claimed=0.125, seconds=1.0, outside=0)
 
     monkeypatch.setattr(module, "second_opinion", answer)
-    monkeypatch.setattr(module, "check_peer", lambda name: None)
+    monkeypatch.setattr(module, "check_peer", lambda *_: None)
     rows = climb_run(copied, LADDER, also=["autoattack-rand"])
     opinions = [row for row in rows if row["name"] == "second opinion"]
     assert len(opinions) == 4

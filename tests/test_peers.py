@@ -72,6 +72,23 @@ def test_a_peer_that_fails_is_told_apart_from_a_failure_of_ours(stand_in: Module
         second_opinion("torchattacks-pgd", wrap(plain(), IMAGES), IMAGES, LABELS, epsilon=0.1)
 
 
+def test_a_peer_aims_at_as_many_wrong_classes_as_there_are(stand_in: ModuleType):
+    class AutoAttack:
+        def __init__(self, model: nn.Module, *, eps: float, seed: int, n_classes: int) -> None:
+            assert (eps, seed, n_classes) == (0.1, 0, 3)
+
+        def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+            return images
+
+    stand_in.AutoAttack = AutoAttack  # type: ignore[attr-defined]
+    assert second_opinion("torchattacks-autoattack", wrap(plain(), IMAGES), IMAGES, LABELS, epsilon=0.1).outside == 0
+
+
+def test_a_peer_without_the_norm_is_refused_before_long_work(stand_in: ModuleType):
+    with pytest.raises(ConfigError, match="expected the norm linf for torchattacks-pgd, got l2"):
+        check_peer("torchattacks-pgd", "l2")
+
+
 def test_a_peer_leaves_torchs_generator_alone(stand_in: ModuleType):
     state = torch.get_rng_state()
     second_opinion("torchattacks-pgd", wrap(plain(), IMAGES), IMAGES, LABELS, epsilon=0.1)

@@ -1,6 +1,7 @@
 """Test the coordinates of the plane where the answer is known, and the plane of a stored run."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bitquorum.conversion import Policy
-from bitquorum.data.corrupt import SEVERITIES, corrupt
+from bitquorum.data.corrupt import SEVERITIES, CorruptionName, corrupt
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import observe
 from bitquorum.information import independent_error_information
@@ -210,7 +211,7 @@ def test_observations_repeat_and_blocks_of_images_meet_draws_of_their_own():
     assert not torch.equal(seen, observe(ensemble, images, index, draws=3, seed=2))
 
 
-@pytest.mark.parametrize("name", ["gaussian-noise", "blur", "contrast", "brightness"])
+@pytest.mark.parametrize("name", get_args(CorruptionName))
 def test_corruptions_grow_with_severity_and_stay_in_range(name):
     images = torch.rand(6, 3, 16, 16)
     index = torch.arange(6)

@@ -113,11 +113,21 @@ def test_every_command_of_the_pages_is_understood(arguments: list[str]):
             name, *words = words
     parsed = command.make_context(name, list(words)).params
     if name == "bench":
-        suite = str(parsed["suite"])
-        read_suite("digits" if suite.endswith(".toml") else suite, parsed["overrides"] or [])
+        read_suite(_source(str(parsed["suite"])), parsed["overrides"] or [])
     if name in ("run", "train"):
-        source = str(parsed["source"])
-        read("digits" if source.endswith(".toml") else source, parsed["overrides"] or [])
+        read(_source(str(parsed["source"])), parsed["overrides"] or [])
+
+
+def _source(named: str) -> str:
+    """Return a file of the repository, or for a file that a reader is to write the preset `digits`."""
+    if not named.endswith(".toml"):
+        return named
+    return str(ROOT / named) if (ROOT / named).exists() else "digits"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/research/*.toml")), ids=lambda path: path.stem)
+def test_every_config_of_the_studies_is_understood(path: Path):
+    assert read(path).arms
 
 
 def test_every_make_target_of_the_pages_exists():

@@ -16,6 +16,7 @@ from torch import nn
 
 from bitquorum import kernels, zoo
 from bitquorum.interface import InputError
+from bitquorum.registry import registered
 from bitquorum.zoo.network import BatchNorm
 
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
@@ -37,6 +38,7 @@ SMALL = {
     "wide": zoo.WideResNet(depth=10, width=1, norm="group"),
     "wider": zoo.WideResNet(depth=16, width=2),
 }
+assert {type(network) for network in SMALL.values()} == set(registered(zoo.Network).values()), "one is not tested"
 SMOOTH = {
     "digits": (zoo.DigitsNet(width=4, activation="softplus"), DIGITS),
     "cifarconv": (zoo.CIFARconv(width=4, activation="silu"), CIFAR),

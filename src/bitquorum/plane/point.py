@@ -107,7 +107,7 @@ def _pair_quantities(votes: Tensor, truth: Tensor, right: Tensor) -> dict[str, A
         left_out["residual"].append(shared - reference)
         if classes <= MOST_CLASSES:
             left_out["excess"].append(leave_one_out(torch.einsum("ny,nab->nyab", truth, joint), _excess))
-    row = dict(empty)
+    row: dict[str, Any] = dict(empty)
     for name, values in left_out.items():
         if values:
             row |= _columns(name, of_left_out(torch.stack(values).mean(0)))
