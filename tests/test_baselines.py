@@ -95,6 +95,7 @@ def test_a_baseline_and_its_arm_come_back_from_their_tables(baseline: Baseline):
     assert arm.trainer == Setting().trainer
 
 
+@pytest.mark.long
 @by_title
 def test_a_baseline_trains_two_steps_and_predicts(baseline: Baseline, digits: ImageSet):
     arm = baseline(SETTING)

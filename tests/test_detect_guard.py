@@ -41,6 +41,7 @@ def same(first: Guarded, second: Guarded) -> bool:
     return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("statistic", [PredictionMI(), PointwiseMI(), MaxSoftmax(), Energy()])
 def test_sets_cover_and_rejections_are_rare_on_clean_images(statistic: InputStatistic):
     covered, rejected, repeats, count = [], [], 10, 150

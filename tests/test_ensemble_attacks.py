@@ -82,6 +82,7 @@ def test_arc_fools_nearly_as_many_linear_members_as_enumeration_says_can_be_and_
     assert arc > pgd + 0.15
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_mora_fools_more_members_than_the_plain_sum_of_their_gradients(seed: int):
     model, images, labels = team(seed, 20.0)

@@ -323,6 +323,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_the_interval_covers_the_truth_19_times_of_20(name: str):
     """Draw images and draws anew each time; 1,000 repeats know the coverage to 0.7 %."""

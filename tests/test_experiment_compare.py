@@ -140,7 +140,7 @@ def test_a_table_has_a_line_for_each_pair_and_a_column_for_each_number(run: Run)
     assert [row[:2] for row in table.rows] == [("better", "base"), ("twin", "base")]
     assert table.rows[0][-1].endswith("*")
     assert table.rows[0][-1].startswith("+")
-    assert table.rows[1][-1] == "+0.0 [+0.0, +0.0]"
+    assert table.rows[1][-1] == "+0.0 [-9, +9]"
     assert "40 test images" in table.note
 
 

@@ -457,6 +457,7 @@ class Smooth(nn.Module):
         return self.offset + self.quantizer.mean(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("of", ["member", "ensemble"])
 @pytest.mark.parametrize("bits", [2, 4])

@@ -91,6 +91,7 @@ def test_parameters_follow_the_definition():
     assert found.flatten(1).tolist() == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "u",
     [

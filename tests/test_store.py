@@ -319,6 +319,7 @@ with Run(path=Path(sys.argv[1])).lock():
 """
 
 
+@pytest.mark.long
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path):
     run = Run.create(tmp_path, "digits", CONFIG)
     with run.lock(), pytest.raises(BitquorumError, match="another process"), run.lock():

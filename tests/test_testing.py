@@ -109,6 +109,7 @@ class Narrow(Mine, ABC):
         return (2 * y + 0.5).clamp(0, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("law", "message"),
     [

@@ -114,6 +114,7 @@ def uninterrupted() -> tuple[dict[str, Tensor], Rows]:
 # Learning and repeating
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw", "adam"])
 def test_the_loss_falls_and_the_images_are_learned(optimizer: Any):
     rows: Rows = []
@@ -130,6 +131,7 @@ def test_the_loss_falls_and_the_images_are_learned(optimizer: Any):
     assert not ensemble.training
 
 
+@pytest.mark.long
 def test_one_seed_gives_one_result(uninterrupted: tuple[dict[str, Tensor], Rows]):
     state = torch.random.get_rng_state()
     weights, rows = fit()
@@ -467,6 +469,7 @@ def test_calibration_sets_the_ranges_and_can_be_left_out():
 # Other devices' arithmetic, other terms
 
 
+@pytest.mark.long
 def test_bfloat16_keeps_float32_weights_and_learns(uninterrupted: tuple[dict[str, Tensor], Rows]):
     weights, rows = fit(replace(TRAINER, precision="bfloat16"))
     assert all(math.isfinite(value) for row in rows for value in row.values())
