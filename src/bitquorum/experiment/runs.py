@@ -155,9 +155,9 @@ def results(stored: Run, evaluation: Method | None = None) -> list[dict[str, Any
 def progress_of(stored: Run) -> str:
     """Return `complete`, or how far a stored run has come."""
     experiment = experiment_of(stored)
-    if _is_complete(experiment, experiment.evaluation, results(stored)):
-        return "complete"
     trained = sum(_weights(stored, arm).exists() for arm in experiment.arms)
+    if trained in (0, len(experiment.arms)) and _is_complete(experiment, experiment.evaluation, results(stored)):
+        return "complete"  # a published run has no weights at all
     return "trained" if trained == len(experiment.arms) else f"{trained} of {len(experiment.arms)} arms trained"
 
 
