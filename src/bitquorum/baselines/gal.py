@@ -33,4 +33,4 @@ class GAL(Baseline):
         """Return the arm."""
         count = setting.members
         terms = (apart(count), objective.GAL(weight=count * self.weight))
-        return self._arm(setting, (FLOAT,) * setting.members, objective.Objective(terms=terms))
+        return self._arm(setting, (FLOAT,) * count, objective.Objective(terms=terms))

@@ -36,4 +36,4 @@ class PARL(Baseline):
         """Return the arm."""
         count = setting.members
         terms = (apart(count), objective.PARL(weight=count * self.weight, layers=self.layers))
-        return self._arm(setting, (FLOAT,) * setting.members, objective.Objective(terms=terms))
+        return self._arm(setting, (FLOAT,) * count, objective.Objective(terms=terms))

@@ -18,9 +18,9 @@ from bitquorum.detect.detection import LEAST_CALIBRATION
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena
 from bitquorum.evaluate.complexity import complexity
-from bitquorum.experiment import create, train
+from bitquorum.experiment import create, restore_ensemble, train, training_images
 from bitquorum.experiment.ladder import climb_arm, examples_of, read_climb
-from bitquorum.experiment.runs import restored
+from bitquorum.experiment.runs import judged
 from bitquorum.files import atomic_write, json_row, read_jsonl
 from bitquorum.interface import InputError, Listener
 from bitquorum.registry import digest, encode, to_toml
@@ -92,15 +92,16 @@ def _measure(
     started = time.monotonic()
     folder, arm = entry_folder(entry, root), entry.experiment.arms[0]
     atomic_write(folder / "entry.toml", to_toml(encode(entry)))
+    train_images = training_images(entry.experiment, data_root)
 
-    def trained(chosen: Experiment) -> Ensemble:
-        ((_, ensemble),) = restored(chosen, create(chosen, root / CELLS), device=device, data_root=data_root)
-        return ensemble
+    def restored(chosen: Experiment) -> Ensemble:
+        found = restore_ensemble(chosen, chosen.arms[0], train_images, create(chosen, root / CELLS))
+        return judged(found, chosen, chosen.arms[0], device)
 
     test = load(entry.experiment.data.name, "test", root=data_root)
     chosen = entry.ladder.choose(test)
-    examples, ensemble = examples_of(chosen, device), trained(entry.experiment)
-    sources = {source.name: trained(source) for source in entry.sources}
+    examples, ensemble = examples_of(chosen, device), restored(entry.experiment)
+    sources = {source.name: restored(source) for source in entry.sources}
     climb_arm(folder / arm.name, entry.ladder, ensemble, sources, examples, listener)
     (path,) = (folder / arm.name).glob("climb@*.safetensors")
     climb, _ = read_climb(path)

@@ -298,10 +298,15 @@ def restored(
     """
     train = training_images(experiment, data_root)
     for arm in experiment.arms:
-        ensemble = restore_ensemble(experiment, arm, train, stored).to(device).eval().requires_grad_(False)
-        asked = (arm.trainer or experiment.trainer).channels_last
-        layout = kernels.memory_format(ensemble, channels_last=asked)
-        yield arm, ensemble.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        yield arm, judged(restore_ensemble(experiment, arm, train, stored), experiment, arm, device)
+
+
+def judged(ensemble: Ensemble, experiment: Experiment, arm: Arm, device: str) -> Ensemble:
+    """Return an arm's ensemble as it is attacked: see `restored`."""
+    ensemble = ensemble.to(device).eval().requires_grad_(False)
+    asked = (arm.trainer or experiment.trainer).channels_last
+    layout = kernels.memory_format(ensemble, channels_last=asked)
+    return ensemble.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
 def _filled(ensemble: Ensemble, path: Path, arm: Arm) -> Ensemble:
