@@ -254,6 +254,9 @@ def test_a_failed_self_check_is_printed_in_red_and_is_exit_code_3(
     assert "they [lie]" in text
     assert "1 self-checks failed: the attack may be weaker than it looks" in text
     assert "FAILED" in call("show", "tiny", "--runs", str(copy))
+    markdown = call("show", "tiny", "--markdown", "--runs", str(copy))
+    assert "| gradients | FAILED | they [lie] |" in markdown
+    assert "1 self-checks failed: the attack may be weaker" in markdown
 
 
 @pytest.mark.long
@@ -413,6 +416,15 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_2(
     monkeypatch.setenv("BITQUORUM_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(cli.shared.Bars, "advance", lambda *_, **__: None)
     assert re.search(message, refused(capsys, monkeypatch, *arguments))
+
+
+@pytest.mark.parametrize("size", ["2", "0", "many"])
+def test_half_of_what_torchrun_sets_is_one_message(
+    size: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    message = refused(capsys, monkeypatch, "train", tiny, "--runs", str(tmp_path))
+    assert re.search(f"environment of torchrun, since WORLD_SIZE is '{size}', got: .*RANK", message)
 
 
 def test_corrupt_files_and_foreign_folders_are_named(

@@ -164,6 +164,11 @@ def test_unknown_presets_and_bad_files_are_refused(tmp_path: Path):
     path.write_text("seed = 1\nname = ]\n")
     with pytest.raises(ConfigError, match=r"expected TOML in .*bad\.toml, got: .*line 2.*; mend that place"):
         read(str(path))
+    path.write_text(f"name = {'[' * 5000}{']' * 5000}")
+    with pytest.raises(ConfigError, match=r"expected TOML in .*bad\.toml, got: .*recursion.*; mend that place"):
+        read(str(path))
+    with pytest.raises(ConfigError, match=r"expected an integer, got '\[\["):
+        read("digits", [f"seed={'[' * 5000}{']' * 5000}"])
     path.write_bytes(b"name = \xff\xfe")
     with pytest.raises(ConfigError, match="expected TOML in"):
         read(str(path))

@@ -165,6 +165,48 @@ def test_subclasses_of_known_layers_are_left_alone():
         convert(nn.Sequential(Mine(2, 2)), Policy())
 
 
+def test_weights_that_stay_in_float_are_named_unless_an_override_leaves_them_so():
+    class Mine(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm((4, 6, 6)), Mine(4, 4, 3), nn.ConvTranspose2d(4, 2, 3))
+    with pytest.warns(NoEffectWarning, match=r"weights in float: 2, 3; types"):
+        convert(network, Policy())
+    with pytest.warns(NoEffectWarning, match=r"weights in float: 3; types"):
+        convert(network, Policy(overrides=(Override(pattern="2"),)))
+    convert(network, Policy(overrides=(Override(pattern="[23]"),)))
+    convert(network, Policy(weight_bits=None, activation_bits=None, image_bits=4))
+
+
+def test_activations_that_are_functions_are_warned_of():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(F.relu(self.first(x)))
+
+    with pytest.warns(NoEffectWarning, match="no activation of the 2 layers"):
+        convert(Net(), Policy())
+    convert(Net(), Policy(activation_bits=None))
+    convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), Policy(overrides=(Override(pattern="1"),)))
+
+
+@pytest.mark.parametrize("weight_bits", [4, None])
+def test_a_transformer_passes_its_quantizers_in_evaluation_without_gradients_too(weight_bits):
+    """Torch's fast path there reads the weights of layers by name and takes no step through an activation's module."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.GELU(), batch_first=True)
+    network = nn.TransformerEncoder(layer, 2).eval()
+    attention = Override(pattern="*self_attn*")
+    quantized = convert(network, Policy(weight_bits=weight_bits, activation_bits=2, overrides=(attention,)))
+    x = rng.uniform(5, torch.arange(3), 4 * 8).view(3, 4, 8)
+    with rng.draw(0):
+        attacked = quantized(x.requires_grad_()).detach()
+    torch.testing.assert_close(run(quantized, x), attacked)
+    assert (attacked - run(network, x)).abs().max() > 0.05
+
+
 @pytest.mark.parametrize("change", [nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])
 def test_a_weight_that_a_hook_makes_is_refused(change):
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))

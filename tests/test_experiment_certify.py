@@ -156,6 +156,9 @@ def test_the_command_prints_the_table(run: Run):
     assert "20 test images by ibp" in text
     shown = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(cli.app, ["show", str(run.path)])
     assert "20 test images by ibp" in " ".join(shown.output.split())
+    markdown = CliRunner().invoke(cli.app, ["show", str(run.path), "--markdown"]).output
+    assert "| 4/255 | certified, every draw |" in markdown
+    assert "20 test images by ibp" in markdown
     assert experiment.attacked_epsilons(run) == [4 / 255, 24 / 255]
 
 

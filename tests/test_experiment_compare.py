@@ -220,6 +220,11 @@ def test_corrupt_outcomes_are_one_message(run: Run, later: Run, tmp_path: Path):
     evaluate(later)
     publish_run(run, tmp_path / "results")
     (path,) = (tmp_path / "results").rglob("outcomes.jsonl")
-    write_jsonl(path, [{"arm": "base", "attack": "PGD", "epsilon": 0.1, "draws": 4}])
+    row = {"arm": "base", "attack": "PGD", "epsilon": 0.1, "draws": 4}
+    write_jsonl(path, [row])
     with pytest.raises(DataError, match=r"how many draws of each image are right at .*, got: 'right'; restore"):
         compare_run(later, other=Run.open(tmp_path / "results"))
+    for right in ([1, 5], [1, -1], [[1, 2]], [1, [2]], ["1"], "1", 3, None, [None]):
+        write_jsonl(path, [{**row, "right": right}])
+        with pytest.raises(DataError, match=r"how many draws of each image are right at .*; restore"):
+            compare_run(later, other=Run.open(tmp_path / "results"))

@@ -68,7 +68,8 @@ def test_a_kill_loses_at_most_the_last_row(tmp_path: Path, cut: int):
 
 def test_a_corrupt_line_is_named(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    for bad in ('{"a": 1}\n{"a": \n{"a": 3}\n', '{"a": 1}\n[1]\n', '{"a": 1}\n\n{"a": 2}\n'):
+    deep = f'{{"a": 1}}\n{{"a": {"[" * 100_000}\n'
+    for bad in (deep, '{"a": 1}\n{"a": \n{"a": 3}\n', '{"a": 1}\n[1]\n', '{"a": 1}\n\n{"a": 2}\n'):
         path.write_text(bad)
         with pytest.raises(DataError, match=r"line 2 of .*metrics\.jsonl"):
             read_jsonl(path)

@@ -139,8 +139,9 @@ def convert(network: nn.Module, policy: Policy) -> nn.Module:
     """Return a copy of `network` with quantized weights, activations and, if asked, image.
 
     Layers of exactly the types in `layers.WEIGHTED` and activations of exactly the types in `ACTIVATIONS` are replaced;
-    normalization layers and everything else stay in float. A module that the network calls several times
-    in one pass gets the same noise each time: give each use its own instance where that matters.
+    normalization layers and everything else stay in float, functions such as `F.relu` too, which are no modules. A
+    module that the network calls several times in one pass gets the same noise each time: give each use its own
+    instance where that matters.
 
     Args:
         network: A float network; it is not changed.
@@ -150,7 +151,10 @@ def convert(network: nn.Module, policy: Policy) -> nn.Module:
         InputError: if the network is quantized already, or an override matches nothing.
 
     Warns:
-        NoEffectWarning: if nothing was quantized, or if the weights of a layer are all zero: they have no range.
+        NoEffectWarning: if nothing was quantized; if other modules keep weights in float that no override leaves so
+            (those of an attention, of a transposed convolution, of a subclass of a known layer); if there are layers
+            but no activations that are modules, so that those between the layers may be functions; or if the weights of
+            a layer are all zero: they have no range.
 
     Examples:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -163,8 +167,37 @@ def convert(network: nn.Module, policy: Policy) -> nn.Module:
     found = rebuild(
         network, lambda name, module: _quantized(module, name, bits, policy), conversion=policy, image=image
     )
+    kept = [name or type(module).__name__ for name, module in network.named_modules() if _keeps(module, name, bits)]
     bits.check_all_used()
+    if kept and any(True for _ in quantizers(found)):
+        warnings.warn(
+            f"these modules keep their weights in float: {', '.join(kept)}; types that are quantized are "
+            f"{', '.join(cls.__name__ for cls in WEIGHTED)}, and no subclasses of them. Build the network of these, or "
+            "leave the others in float by an override, which says nothing then",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    if policy.activation_bits is not None and len(bits.weighted) > 1 and not any(map(_is_activation, found.modules())):
+        warnings.warn(
+            f"no activation of the {len(bits.weighted)} layers is in low bits: none is a module of a type that is "
+            f"quantized ({', '.join(cls.__name__ for cls in ACTIVATIONS)}); have modules such as nn.ReLU in the place "
+            "of functions such as F.relu, or set activation_bits to none",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     return found
+
+
+def _keeps(module: nn.Module, name: str, bits: "_Bits") -> bool:
+    """Return whether a module has weights that `convert` does not know and that the policy would have in low bits."""
+    if type(module) in WEIGHTED or isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return False
+    weights = any("weight" in key and value.dim() > 1 for key, value in module.named_parameters(recurse=False))
+    return weights and bits.of(name, weights=True) is not None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return isinstance(module, QuantActivation) or type(module) in ACTIVATIONS  # the latter where an override leaves it
 
 
 def rebuild(
@@ -212,6 +245,8 @@ def rebuild(
             stacklevel=3,
         )
     for name, module in network.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's fast path in evaluation would pass by what was replaced
         if isinstance(module, Quantizer | Noise):
             module.to(*place)
         if isinstance(module, QuantLayer) and isinstance(module.quantizer, Quantizer) and not module.layer.weight.any():
@@ -375,8 +410,8 @@ class _Bits:
     """Resolve the bits of each named part of a network under a policy."""
 
     def __init__(self, network: nn.Module, policy: Policy) -> None:
-        weighted = [name for name, module in network.named_modules() if type(module) in WEIGHTED]
-        self.ends = {"first": weighted[:1], "last": weighted[-1:]}
+        self.weighted = [name for name, module in network.named_modules() if type(module) in WEIGHTED]
+        self.ends = {"first": self.weighted[:1], "last": self.weighted[-1:]}
         self.policy = policy
         self.unused = list(policy.overrides)
 

@@ -210,7 +210,7 @@ def _complete_lines(path: Path | str) -> list[bytes]:
 def _parse(line: bytes, path: Path | str, number: int, keys: Collection[str]) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_refuse)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not row.keys() >= set(keys):
         wanted = f" with {', '.join(keys)}" if keys else ""

@@ -46,7 +46,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise DataError(f"expected a TOML file at {path}, got: {error}; restore or remove it") from error
 
 
@@ -121,7 +121,7 @@ def _split(key: str) -> list[str]:
 def _value(text: str) -> Any:
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     value = table["value"]
     return text if len(table) > 1 or isinstance(value, datetime.date | datetime.time) else value

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bitquorum.cli.printing import ladder_tables, print_rows, print_table, show_run
+from bitquorum.cli.printing import print_rows, print_table, run_tables, show_run
 from bitquorum.cli.shared import (
     RUNS,
     DataRoot,
@@ -111,21 +111,12 @@ def show(
     query: Query,
     runs: Root = RUNS,
     config: Annotated[bool, typer.Option("--config", help="Print the config instead, as TOML.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables and their notes as Markdown.")] = False,
 ) -> None:
     """Print the stored table of a run, without computing anything."""
     from bitquorum.bench import is_bench, summary
-    from bitquorum.experiment import differences, ladders, results
     from bitquorum.museum import is_museum, museum_rows
-    from bitquorum.report import (
-        bench_table,
-        bench_tables,
-        comparison,
-        difference_table,
-        museum_table,
-        peer_seconds,
-        peer_table,
-    )
+    from bitquorum.report import bench_table, bench_tables, museum_table, peer_seconds, peer_table
     from bitquorum.store import Run
 
     stored = Run.find(runs, query)
@@ -139,11 +130,9 @@ def show(
     elif is_bench(stored):
         tables = [bench_table(summary(stored))] if markdown else list(bench_tables(summary(stored)))
     else:
-        tables = [comparison(rows)] if (rows := results(stored)) else []
-        tables += [table for ladder in ladders(stored) for table in ladder_tables(stored, ladder)]
-        tables += [difference_table(rows) for rows in differences(stored)]
+        tables = run_tables(stored)
     if markdown and tables:
-        print("\n\n".join(table.markdown() for table in tables))
+        print("\n\n".join(part for table in tables for part in (table.markdown(), table.note) if part))
     elif is_museum(stored) or is_bench(stored):
         for table in tables:
             print_table(table)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from bitquorum.cli.shared import err, out
 
@@ -15,29 +16,16 @@ if TYPE_CHECKING:
     from bitquorum.store import Run
 
 _WIDEST = 1000  # characters
-_VERDICTS = {True: "[green]passed[/green]", False: "[bold red]FAILED[/bold red]", None: "not posed"}
+_COLOURS = {"passed": "green", "FAILED": "bold red"}
 
 
 def print_verdicts(rows: list[dict[str, Any]]) -> int:
     """Print the verdicts of the self-checks, failed ones in red, and return how many failed."""
-    if not rows:
-        return 0
-    from bitquorum.report import epsilon_label
+    from bitquorum.report import verdicts
 
-    table = RichTable("arm", "epsilon", "self-check", "verdict", "reason")
-    for row in rows:
-        epsilon = epsilon_label(row["epsilon"], row.get("norm"))
-        verdict = _VERDICTS[row["passed"]]
-        table.add_row(escape(row["arm"]), epsilon, escape(row["name"]), verdict, escape(row["reason"]))
-    _print_whole(table)
-    failed = sum(row["passed"] is False for row in rows)
-    if failed:
-        err.print(
-            f"[bold red]{failed} self-checks failed:[/bold red] the attack may be weaker than it looks (masked "
-            "gradients); do not quote these accuracies before the reason is found",
-            soft_wrap=True,
-        )
-    return failed
+    if rows:
+        print_table(verdicts(rows))
+    return sum(row["passed"] is False for row in rows)
 
 
 def ladder_tables(stored: "Run", ladder: "Ladder") -> list["Table"]:
@@ -50,24 +38,29 @@ def ladder_tables(stored: "Run", ladder: "Ladder") -> list["Table"]:
     return [table for table in (bracket(rows), times) if table] if rows else []
 
 
-def show_run(stored: "Run") -> None:
-    """Print what attacks and certificates have left of a run, without computing."""
+def run_tables(stored: "Run") -> list["Table"]:
+    """Return all that attacks and certificates have left of a run, without computing; nothing before an attack."""
     from bitquorum.experiment import ceilings, certificates, differences, ladders, results, verdicts
-    from bitquorum.report import certificate_table, comparison, difference_table, environments
+    from bitquorum.report import certificate_table, comparison, difference_table
+    from bitquorum.report import verdicts as verdict_table
 
-    if rows := results(stored):
-        print_table(comparison(rows))
-    else:
-        out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
+    tables = [comparison(rows)] if (rows := results(stored)) else []
     for ladder in ladders(stored):
-        if tables := ladder_tables(stored, ladder):
-            for table in tables:
-                print_table(table)
-            print_verdicts(verdicts(stored, ladder))
-    for rows in differences(stored):
-        print_table(difference_table(rows))
-    for _, rows in certificates(stored):
-        print_table(certificate_table(rows, ceilings(stored)))
+        tables += ladder_tables(stored, ladder)
+        tables += [verdict_table(rows)] if (rows := verdicts(stored, ladder)) else []
+    tables += [difference_table(rows) for rows in differences(stored)]
+    return tables + [certificate_table(rows, ceilings(stored)) for _, rows in certificates(stored)]
+
+
+def show_run(stored: "Run") -> None:
+    """Print the tables of a run, what it was computed on, and where it lies."""
+    from bitquorum.experiment import results
+    from bitquorum.report import environments
+
+    if not results(stored):
+        out.print("Not evaluated yet: the same `bitquorum run` command resumes it.")
+    for table in run_tables(stored):
+        print_table(table)
     out.print(f"Computed in {escape(environments(stored.environments()))}.")
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 
@@ -77,7 +70,8 @@ def print_table(table: "Table") -> None:
     rows = [tuple(cell.replace(", ", ",\u00a0") for cell in row) for row in table.rows]  # an interval stays whole
     print_rows(table.header, rows, group=0)
     if table.note:
-        out.print(escape(table.note), style="dim")
+        failed = any("FAILED" in row for row in table.rows)
+        out.print(escape(table.note), style="bold red" if failed else "dim")
 
 
 def print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None) -> None:
@@ -92,7 +86,7 @@ def print_rows(header: tuple[str, ...], rows: Any, *, group: int | None = None) 
         if group is not None and previous is not None and row[group] != previous:
             table.add_section()
         previous = row[group] if group is not None else None
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(Text(str(cell), style=_COLOURS.get(str(cell), "")) for cell in row))
     _print_whole(table)
 
 

@@ -110,16 +110,28 @@ def resumable(stored: "Run") -> Iterator[None]:
 
 @contextmanager
 def processes(device: str) -> Iterator[None]:
-    """Join the process group when torchrun started this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """Join the process group when torchrun started this process.
+
+    Raises:
+        ConfigError: if the variables that torchrun sets are there in part, or are no numbers.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     import torch
     import torch.distributed as dist
 
+    from bitquorum.interface import ConfigError
+
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except ValueError as error:
+        raise ConfigError(
+            f"expected the environment of torchrun, since WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, got: {error}; "
+            "start by torchrun, or unset it"
+        ) from error
     try:
         yield
     finally:

@@ -127,14 +127,19 @@ def _differences(folder: Path, arms: list[str], reference: _Rates, name: str) ->
 def _rates(folder: Path, arm: str) -> _Rates:
     """Return each image's rate of being right by attack and epsilon; none where the arm is not attacked to the end."""
     try:
-        return {
-            (row["attack"], row["epsilon"]): torch.tensor(row["right"]) / row["draws"] for row in _outcomes(folder, arm)
-        }
-    except (KeyError, TypeError, ValueError) as error:
+        return {(row["attack"], row["epsilon"]): _rate(row["right"], row["draws"]) for row in _outcomes(folder, arm)}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         path = folder / _OUTCOMES
         raise DataError(
             f"expected how many draws of each image are right at {path}, got: {error}; restore it"
         ) from error
+
+
+def _rate(right: Any, draws: Any) -> Float[Tensor, "images"]:
+    rate = torch.tensor(right) / draws
+    if rate.dim() != 1 or not bool(((rate >= 0) & (rate <= 1)).all()):
+        raise ValueError(f"counts that are not all from 0 to {draws}")
+    return rate
 
 
 def _outcomes(folder: Path, arm: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from bitquorum.report.benchmark import benchmark_table
 from bitquorum.report.certify import certificate_table
 from bitquorum.report.compare import difference_table
 from bitquorum.report.detect import detection_table, detectors, rejection_table, rejections
-from bitquorum.report.ladder import bracket, ladder_seconds, rungs
+from bitquorum.report.ladder import bracket, ladder_seconds, rungs, verdicts
 from bitquorum.report.museum import museum_table, peer_seconds, peer_table
 from bitquorum.report.page import write_figures, write_page
 from bitquorum.report.plane import correlation_table, plane_table, profiles
@@ -36,6 +36,7 @@ __all__ = [
     "rejection_table",
     "rejections",
     "rungs",
+    "verdicts",
     "write_figures",
     "write_page",
 ]

@@ -53,6 +53,28 @@ def rungs(rows: Sequence[dict[str, Any]], arm: str, epsilon: float) -> Table:
     return Table(header=header, rows=tuple(body), note=note)
 
 
+def verdicts(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the verdicts of self-checks and, in the note, what failed ones mean."""
+    words = {True: "passed", False: "FAILED", None: "not posed"}
+    body = tuple(
+        (
+            row["arm"],
+            epsilon_label(row["epsilon"], row.get("norm")),
+            row["name"],
+            words[row["passed"]],
+            row["reason"],
+        )
+        for row in rows
+    )
+    failed = sum(row["passed"] is False for row in rows)
+    note = (
+        f"{failed} self-checks failed: the attack may be weaker than it looks (masked gradients); do not quote these "
+        "accuracies before the reason is found"
+    )
+    header = ("arm", "epsilon", "self-check", "verdict", "reason")
+    return Table(header=header, rows=body, note=note if failed else "")
+
+
 def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
     """Return what the ladder took with each arm and, in brackets as a multiple of it, each peer; `None` without peers.
 
