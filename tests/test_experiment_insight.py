@@ -165,6 +165,22 @@ def test_a_ladder_on_its_way_is_not_laid_into_the_plane(copied: Run, config: Exp
         threats.pinned(copied, replace(PLANE, ladders=(digest(ladder),)))
 
 
+def test_an_arm_that_climbs_later_is_laid_into_the_plane_and_measured(copied: Run):
+    small = replace(PLANE, corruptions=(), transfer=False, draws=2)
+    fast = replace(DETECTION, evaded=(), statistics=(MaxSoftmax(),))
+
+    def climbed() -> list[set[str]]:
+        found = experiment.plane_run(copied, small)[1], experiment.detect_run(copied, fast)[1]
+        return [{row["arm"] for row in rows if row.get("threat") == "ladder tiny: worst"} for rows in found]
+
+    assert climbed() == [{"sq"}, {"sq"}]
+    experiment.climb_run(copied, LADDER, arms=["plain"])
+    assert climbed() == [{"plain", "sq"}] * 2
+    for folder in (*copied.path.glob("planes/*"), *copied.path.glob("detections/*")):
+        (folder / "ladders.jsonl").unlink()  # as an earlier version left them
+    assert climbed() == [{"plain", "sq"}] * 2
+
+
 def test_points_agree_with_the_evaluation_that_made_the_images(
     laid: tuple[Plane, list[dict[str, Any]]], run: Run, config: Experiment
 ):

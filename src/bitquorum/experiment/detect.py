@@ -23,6 +23,7 @@ from bitquorum.experiment.threats import (
     attacks,
     chosen_evaluation,
     clean,
+    climbers,
     evaluated_images,
     ladder_worst,
     pinned,
@@ -62,7 +63,9 @@ def detect_run(
     experiment = experiment_of(stored)
     detection, evaluation = pinned(stored, detection)
     folder = detection_folder(stored, detection)
-    if (folder / "metrics.jsonl").exists():
+    climbed = climbers(stored, detection)
+    known = read_jsonl(folder / "ladders.jsonl")
+    if (folder / "metrics.jsonl").exists() and known in (climbed, []):  # none: an earlier version kept none
         return detection, read_jsonl(folder / "metrics.jsonl")
     with working(stored, experiment, "detect"):
         atomic_write(folder / "detection.toml", to_toml(encode(detection)))
@@ -81,6 +84,7 @@ def detect_run(
             if not (folder / arm.name / "curves.jsonl").exists():
                 bench.measure(held_out, listener or Listener())
         arms = [folder / arm.name for arm in experiment.arms]
+        write_jsonl(folder / "ladders.jsonl", climbed)
         for part in reversed(_PARTS):  # metrics last: they say that all is done
             rows = [row for arm in arms for row in read_jsonl(arm / f"{part}.jsonl")]
             write_jsonl(folder / f"{part}.jsonl", rows)

@@ -16,6 +16,7 @@ from bitquorum.experiment.threats import (
     Threat,
     attacks,
     clean,
+    climbers,
     evaluated_images,
     everyday,
     ladder_worst,
@@ -57,7 +58,9 @@ def plane_run(
     experiment = experiment_of(stored)
     plane, evaluation = pinned(stored, plane)
     folder = plane_folder(stored, plane)
-    if (folder / "metrics.jsonl").exists():
+    climbed = climbers(stored, plane)
+    known = read_jsonl(folder / "ladders.jsonl")
+    if (folder / "metrics.jsonl").exists() and known in (climbed, []):  # none: an earlier version kept none
         return plane, read_jsonl(folder / "metrics.jsonl")
     listener = listener or Listener()
     with working(stored, experiment, "plane"):
@@ -80,7 +83,8 @@ def plane_run(
                 {"arm": arm.name, **row} for row in layer_rows(ensemble, few.images, few.examples, seed=plane.seed)
             ]
         correlations = correlation_rows(rows, permutations=plane.permutations, seed=plane.seed)
-        for name, found_rows in (("correlations", correlations), ("layers", layers), ("metrics", rows)):
+        parts = {"correlations": correlations, "layers": layers, "ladders": climbed, "metrics": rows}
+        for name, found_rows in parts.items():  # metrics last: they say that all is done
             write_jsonl(folder / f"{name}.jsonl", found_rows)
     return plane, rows
 

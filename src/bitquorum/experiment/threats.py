@@ -98,6 +98,19 @@ def pinned(stored: Run, chosen: P) -> tuple[P, Evaluation]:
     return replace(chosen, evaluation=evaluation_folder(stored, evaluation).name, ladders=found), evaluation
 
 
+def climbers(stored: Run, chosen: Plane | Detection) -> list[dict[str, Any]]:
+    """Return which arms have climbed each of the ladders that a plane or a detection reads, to the end.
+
+    One that was stored before an arm climbed is not complete any more.
+    """
+    named = chosen.ladders or ()
+    return [
+        {"ladder": digest(ladder), "arms": climbed(stored, ladder)}
+        for ladder in ladders(stored)
+        if digest(ladder) in named
+    ]
+
+
 def evaluated_images(stored: Run, evaluation: Evaluation, data_root: Path | None) -> ImageSet:
     """Return the test images of an evaluation."""
     return evaluation.choose(load(experiment_of(stored).data.name, "test", root=data_root))
