@@ -139,8 +139,10 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     atomic_write(path, _sort_header(save(copies, dict(metadata) if metadata else None)))
 
 
-def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file by name, and its metadata.
+def load_tensors(
+    path: Path | str, device: torch.device | str = "cpu", *, without: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, but for some that are left on the disk, and its metadata.
 
     Raises:
         DataError: if the file is missing or corrupt.
@@ -149,7 +151,7 @@ def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> tuple[
         raise DataError(f"expected a safetensors file at {path}, got no file; check the path or train first")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            names = list(file.keys())
+            names = [name for name in file.keys() if name not in without]  # noqa: SIM118  # it is no mapping
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, ValueError) as error:
         raise DataError(

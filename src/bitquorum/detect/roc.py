@@ -2,15 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bitquorum.evaluate.accuracy import NORMAL, unseen, wilson
 from bitquorum.interface import InputError
-
-_Z: Final = 1.959964  # leaves 2.5 % on either side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +92,12 @@ def auroc(
     area = float(wins.mean())
     variance = repeats * sum(_variance(side) / len(side) for side in (wins, losses))
     trials = max(1.0, min(len(wins), len(losses)) / repeats)
-    edge = _Z**2 / (trials + _Z**2)
+    edge = unseen(trials)
     low = high = area
     if 0 < area < 1:
-        half, centre = _Z * math.sqrt(variance) / (area * (1 - area)), math.log(area / (1 - area))
+        half, centre = NORMAL * math.sqrt(variance) / (area * (1 - area)), math.log(area / (1 - area))
         low, high = (1 / (1 + math.exp(-min(max(x, -700.0), 700.0))) for x in (centre - half, centre + half))
-        widest = _wilson(area, trials)  # var(A) is at most A (1 - A) / min(m, n)
+        widest = wilson(area, trials)  # var(A) is at most A (1 - A) / min(m, n)
         low, high = max(low, widest[0]), min(high, widest[1])
     return Interval(value=area, low=min(low, 1 - edge), high=max(high, edge))
 
@@ -122,16 +120,8 @@ def share(flags: Bool[Tensor, "trials"], *, repeats: float = 1.0) -> Interval:
     if not len(flags):
         raise InputError("expected at least one outcome, got none")
     p = float(flags.double().mean())
-    low, high = _wilson(p, max(1.0, len(flags) / repeats))
+    low, high = wilson(p, max(1.0, len(flags) / repeats))
     return Interval(value=p, low=low, high=high)
-
-
-def _wilson(p: float, trials: float) -> tuple[float, float]:
-    """Return the ends of Wilson's interval of a share."""
-    s = _Z**2
-    centre = (p + s / (2 * trials)) / (1 + s / trials)
-    half = _Z / (1 + s / trials) * math.sqrt(p * (1 - p) / trials + s / (4 * trials**2))
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def _check(negatives: Tensor, positives: Tensor) -> None:

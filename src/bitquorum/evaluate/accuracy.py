@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitquorum.interface import InputError
+
+NORMAL: Final = 1.959964
+"""Quantile of the normal distribution that leaves 2.5 % on either side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,7 @@ def worst_of(correct: Bool[Tensor, "draws images"], tries: int) -> float:
     return float(chance.mean())
 
 
-def interval(correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images"], *, z: float = 1.959964) -> Accuracy:
+def interval(correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images"], *, z: float = NORMAL) -> Accuracy:
     r"""Return the mean with a 95 % interval over images and draws.
 
     The variance is that of two crossed random factors, $s^2_{images}/N + s^2_{draws}/R - s^2_{residual}/(N R)$,
@@ -97,8 +101,29 @@ def interval(correct: Bool[Tensor, "draws images"] | Float[Tensor, "draws images
         from scipy.special import ndtr, stdtrit
 
         z = float(stdtrit((draws - 1) * (variance / by_draw) ** 2, ndtr(z)))
-    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    edge = z * z / (images + z * z)  # what Wilson leaves open when no image, or every image, is right
-    low, high = min(centre - half, 1 - edge), max(centre + half, edge)
-    return Accuracy(value=p, low=max(0.0, low), high=min(1.0, high), images=images, draws=draws)
+    low, high = wilson(p, trials, z=z)
+    edge = unseen(images, z=z)
+    return Accuracy(value=p, low=min(low, 1 - edge), high=max(high, edge), images=images, draws=draws)
+
+
+def wilson(share: float, trials: int | float, *, z: float = NORMAL) -> tuple[float, float]:
+    """Return the ends of the score interval of a share of independent trials (Wilson, 1927), both in [0, 1].
+
+    Examples:
+        >>> [round(end, 2) for end in wilson(0.75, 4)]
+        [0.3, 0.95]
+    """
+    s = z * z
+    centre = (share + s / (2 * trials)) / (1 + s / trials)
+    half = z / (1 + s / trials) * math.sqrt(share * (1 - share) / trials + s / (4 * trials * trials))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def unseen(trials: int | float, *, z: float = NORMAL) -> float:
+    """Return how large a share may be of which not one of so many independent trials was: the end of `wilson(0, n)`.
+
+    Examples:
+        >>> round(unseen(4), 2)
+        0.49
+    """
+    return z * z / (trials + z * z)

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from jaxtyping import Float
 from torch import Tensor
 
+from bitquorum.evaluate.accuracy import unseen
 from bitquorum.interface import InputError
-
-_NORMAL: Final = 1.959964
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def difference(ours: Float[Tensor, "seeds images"], theirs: Float[Tensor, "seeds
     alone = float(residual.square().sum()) / max(1, (seeds - 1) * (images - 1)) / d.numel()
     variance = by_image + max(0.0, by_seed - alone)
     if variance <= 0:  # every image differs by the same: unlike ones may exist, as `interval` has it
-        edge = _NORMAL**2 / (images + _NORMAL**2)
+        edge = unseen(images)
         p = 1.0 if mean == 0 else 2.0 ** (1 - images)  # of the sign test
         return Difference(value=mean, low=max(-1.0, mean - edge), high=min(1.0, mean + edge), p=p)
     freedom = variance**2 / (by_image**2 / (images - 1) + (variance - by_image) ** 2 / max(1, seeds - 1))

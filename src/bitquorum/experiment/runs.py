@@ -460,7 +460,7 @@ def read_cell(path: Path, *, images: bool = True) -> Cell:
     Raises:
         DataError: if the file is corrupt.
     """
-    stored, facts = load_tensors(path)
+    stored, facts = load_tensors(path, without=() if images else ("images",))
     try:
         correct: Tensor = stored["correct"].bool()
         return Cell(
@@ -469,7 +469,7 @@ def read_cell(path: Path, *, images: bool = True) -> Cell:
             correct=correct,
             cost=Cost(forward=int(facts["forward"]), backward=int(facts["backward"])),
             largest=float(facts["largest"]),
-            images=stored.get("images") if images else None,
+            images=stored.get("images"),
         )
     except (KeyError, ValueError) as error:
         raise DataError(f"expected the outcome of an attack at {path}, got: {error}; remove it") from error
