@@ -121,8 +121,7 @@ class Figure:
         keys: The legend.
         selectors: What the reader chooses.
         x_titles: In place of the title of `x`, by the choice of the first selector.
-        floor: Lowest value of the colour scale, for `heat`.
-        ceiling: Highest one.
+        ceiling: Highest value of the colour scale, which begins at 0, for `heat`.
     """
 
     name: str
@@ -136,7 +135,6 @@ class Figure:
     keys: tuple[Key, ...] = ()
     selectors: tuple[Selector, ...] = ()
     x_titles: Mapping[str, str] = field(default_factory=dict)
-    floor: float = 0.0
     ceiling: float = 1.0
 
     def __post_init__(self) -> None:
@@ -202,7 +200,7 @@ class Figure:
             "x": vars(self.x),
             "y": vars(self.y),
             "xTitles": dict(self.x_titles),
-            "scale": [self.floor, self.ceiling],
+            "scale": [0.0, self.ceiling],
             "panels": self.panels(),
             "series": {
                 name: {"style": vars(self.look(name).style), "keys": list(self.look(name).keys)}

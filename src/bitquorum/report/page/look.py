@@ -12,16 +12,15 @@ SHARE = Axis(title="expected accuracy", percent=True, low=-0.02, high=1.02)
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Number the arms and runs of a page."""
+    """Number the arms of a page."""
 
     arms: tuple[str, ...]
-    runs: tuple[str, ...]
 
     @classmethod
     def of(cls, views: Sequence[RunView]) -> "Look":
         """Return the look of a page: arms of the same name look the same in every run."""
         arms = dict.fromkeys(arm for view in views for arm in view.arms)
-        return cls(arms=tuple(arms), runs=tuple(view.name for view in views))
+        return cls(arms=tuple(arms))
 
     def arm(self, name: str) -> Style:
         """Return the style of an arm."""
@@ -33,10 +32,10 @@ def numbered(number: int) -> Style:
     return Style(color=number, dash=number, marker=number)
 
 
-def legend(styles: dict[str, Style], group: str = "") -> tuple[dict[str, Series], tuple[Key, ...]]:
+def legend(styles: dict[str, Style]) -> tuple[dict[str, Series], tuple[Key, ...]]:
     """Return series that each have a key of their own, and these keys."""
     series = {name: Series(style=style, keys=(name,)) for name, style in styles.items()}
-    return series, tuple(Key(name=name, style=style, group=group) for name, style in styles.items())
+    return series, tuple(Key(name=name, style=style) for name, style in styles.items())
 
 
 def banded(style: Style) -> Style:
@@ -63,11 +62,11 @@ def threat_label(row: Row) -> str:
     return " ".join(part for part in (str(row.get("threat")), level_label(row)) if part) + knows
 
 
-def radius_axis(norm: str = "linf") -> Axis:
-    """Return the axis of epsilon."""
-    return Axis(title="epsilon, in 1/255" if norm == "linf" else f"epsilon ({norm})", low=0.0)
+def radius_axis() -> Axis:
+    """Return the axis of epsilon, in the maximum norm."""
+    return Axis(title="epsilon, in 1/255", low=0.0)
 
 
-def radius(epsilon: float, norm: str = "linf") -> float:
+def radius(epsilon: float) -> float:
     """Return epsilon in the unit of `radius_axis`."""
-    return 255 * epsilon if norm == "linf" else epsilon
+    return 255 * epsilon

@@ -26,10 +26,10 @@ def element(name: str, /, *children: str | None, **attributes: str | bool | None
     return Html(text if name in _VOID else f"{text}{join(children)}</{name}>")
 
 
-def join(children: Iterable[str | None], separator: str = "") -> Html:
+def join(children: Iterable[str | None]) -> Html:
     """Return children side by side as HTML; `None` is left out."""
     parts = (child if isinstance(child, Html) else html.escape(child) for child in children if child is not None)
-    return Html(separator.join(parts))
+    return Html("".join(parts))
 
 
 def grid(

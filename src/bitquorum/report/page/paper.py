@@ -36,13 +36,12 @@ _LINE = 105  # letters across
 _DODGE = 0.7  # share of a category's height over which its series are spread
 
 
-def draw(figure: Figure, formats: Sequence[str], choice: Mapping[str, str] | None = None) -> dict[str, bytes]:
-    """Return the plot as image files by format.
+def draw(figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:
+    """Return the plot, as the page opens with it, as image files by format.
 
     Args:
         figure: What is plotted.
         formats: `png` and `svg`.
-        choice: Of each selector; the one that the page opens with by default.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -57,7 +56,7 @@ def draw(figure: Figure, formats: Sequence[str], choice: Mapping[str, str] | Non
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name may hold letters that the font lacks
         canvas = Canvas(layout="constrained")
-        _fill(canvas, figure, figure.default() if choice is None else choice)
+        _fill(canvas, figure, figure.default())
         for name in formats:
             file = io.BytesIO()
             metadata = {"Date": None} if name == "svg" else {"Software": None}
@@ -173,13 +172,13 @@ def _heat(place: "Axes", figure: Figure, rows: Sequence[Row], _: Sequence[str]) 
     across, down = distinct(rows, "x"), distinct(rows, "y")
     found = {(row["y"], row["x"]): row["z"] for row in rows}
     values = [[found.get((y, x), float("nan")) for x in across] for y in down]
-    place.imshow(values, cmap="cividis", vmin=figure.floor, vmax=figure.ceiling)
+    place.imshow(values, cmap="cividis", vmin=0.0, vmax=figure.ceiling)
     place.grid(visible=False)
     place.set_xticks(range(len(across)), across, rotation=30, ha="right")
     place.set_yticks(range(len(down)), down)
     for i, line in enumerate(values):
         for j, value in enumerate(line):
-            bright = value > (figure.floor + figure.ceiling) / 2
+            bright = value > figure.ceiling / 2
             place.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if bright else "white")
 
 
