@@ -1,5 +1,6 @@
 """Test that several processes do what one does, and that a task that fails stops no other."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import pytest
 
 from bitquorum.baselines import FloatEnsemble, Setting, Vanilla
-from bitquorum.bench import Place, Suite, bench
+from bitquorum.bench import Place, Suite, bench, pools
 from bitquorum.bench.cluster import is_stored
 from bitquorum.bench.entry import training_folder
 from bitquorum.bench.pools import Task, processes, serial, title
 from bitquorum.config import DataChoice, Experiment
 from bitquorum.files import read_jsonl
-from bitquorum.interface import DataError, Listener
+from bitquorum.interface import BitquorumError, DataError, Listener
 from bitquorum.store import Run
 from bitquorum.train import DivergedError, Trainer
 from bitquorum.zoo import DigitsNet
@@ -81,6 +82,13 @@ def test_one_process_reports_what_fails_and_does_the_others(tmp_path: Path):
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process then has one thread, as this one, so that sums round alike."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+
+@pytest.mark.long
+def test_a_process_that_the_system_kills_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pools, "_begin", os._exit)
+    with pytest.raises(BitquorumError, match=r"expected 2 processes that live to the end, got one that was killed"):
+        list(processes(2)(TASKS[1:], Place(root=tmp_path)))
 
 
 @pytest.mark.slow

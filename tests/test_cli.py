@@ -385,6 +385,10 @@ def test_doctor_says_what_is_here(tmp_path: Path):
         (["bench", "digitz"], r"expected a suite or a path that ends in \.toml, got 'digitz'; did you mean 'digits'"),
         (["bench", "digits", "--only", "empri"], r"expected a row among .*got 'empri'; did you mean 'empir'"),
         (["bench", "digits", "--jobs", "0"], "expected at least one job, got 0"),
+        (
+            ["bench", "digits", "--jobs", "2", "--cluster", "local"],
+            "got 2 jobs and 'local'",
+        ),
         (["museum", "crosmax"], r"expected an exhibit among .*got 'crosmax'; did you mean 'crossmax'"),
         (["museum", "--ladder", "tall", "crossmax"], "expected a ladder among quick, standard, full, got 'tall'"),
         (["museum", "--also", "nobody"], "expected a peer among autoattack-standard"),

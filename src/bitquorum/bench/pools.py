@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,7 +74,10 @@ def serial(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
 
 
 def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]:
-    """Return what does tasks on `jobs` processes of this machine, each with its share of the cores."""
+    """Return what does tasks on `jobs` processes of this machine, each with its share of the cores.
+
+    It raises `BitquorumError` if the system ends one of them.
+    """
 
     def run(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
         threads = max(1, usable_cores() // jobs)
@@ -89,6 +93,11 @@ def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]
                         raise error
                     place.listener.advance(number, title(futures[future]))
                     yield futures[future], error
+            except BrokenProcessPool as error:
+                raise BitquorumError(
+                    f"expected {jobs} processes that live to the end, got one that was killed, perhaps for want of "
+                    "memory; the same command goes on, with fewer jobs"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

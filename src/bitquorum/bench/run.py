@@ -99,6 +99,8 @@ def _pool(jobs: int, cluster: str | None) -> Pool:
     if jobs < 1:
         raise InputError(f"expected at least one job, got {jobs}")
     if cluster is not None:
+        if jobs > 1:
+            raise InputError(f"expected either jobs on this machine or a cluster, got {jobs} jobs and {cluster!r}")
         from bitquorum.bench.cluster import machines
 
         return machines(cluster)
