@@ -24,9 +24,10 @@ from bitquorum.conversion import (
 )
 from bitquorum.dorefa import Dorefa
 from bitquorum.ensemble import Ensemble
-from bitquorum.interface import InputError, NoEffectWarning
+from bitquorum.interface import InputError, NoEffectWarning, SharedNoiseWarning
 from bitquorum.layers import QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Deterministic, Logistic, Quantizer, StochasticRounding, Surrogate
+from bitquorum.randomized import RandomSwitch
 
 FIXED = Policy(weight_law=Deterministic(), activation_law=Deterministic(), learned=False)
 NETWORKS = {
@@ -471,6 +472,15 @@ def test_calibrated_ranges_fit_what_reaches_them():
         error = (quantized[3].quantizer(smooth) - smooth).square().mean()
         assert error < levels.diff()[0].square() / 6  # rounding alone: a twelfth
     assert quantized[5].quantizer.levels()[[0, -1]].tolist() == pytest.approx([-1, 1])  # a known range stays
+
+
+def test_an_activation_that_serves_several_places_is_named():
+    relu = nn.ReLU()
+    shared = convert(nn.Sequential(nn.Linear(5, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 4), nn.Tanh()), Policy())
+    with pytest.warns(SharedNoiseWarning, match=r"several times in a pass: 1; each has one range and one noise"):
+        calibrate(shared, torch.randn(20, 5))
+    apart = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    calibrate(RandomSwitch([convert(apart, Policy())] * 2), torch.randn(20, 5))
 
 
 def test_calibration_meets_an_activation_in_place_once():

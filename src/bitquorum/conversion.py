@@ -3,6 +3,7 @@
 import copy
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitquorum.interface import InputError, Method, NoEffectWarning
+from bitquorum.interface import InputError, Method, NoEffectWarning, SharedNoiseWarning
 from bitquorum.layers import WEIGHTED, Noise, QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Grid, Law, Logistic, Quantizer
 
@@ -361,16 +362,23 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
 
     Each quantizer's range gets the least squared rounding error on what reaches it, behind the layers already
     set. The image's own range stays [0, 1]. Where draws run one of several `alternatives`, each gets a pass.
+
+    Warns:
+        SharedNoiseWarning: if a pass calls one activation several times, as networks do that hold one ReLU for many
+            places: the last call sets its range.
     """
+    calls: Counter[nn.Module] = Counter()
 
     def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not isinstance(module, QuantActivation):
             return
+        calls[module] += 1
         inner = args[0] if module.absorbed else module.activation(args[0].clone())  # it may work in place
         keep_grid = isinstance(module.activation, nn.Hardtanh | nn.ReLU6 | nn.Sigmoid | nn.Tanh)
         if not keep_grid:
             module.quantizer.fit_range(inner)
 
+    shared: list[nn.Module] = []
     hooks = [
         module.register_forward_pre_hook(fit) for module in network.modules() if isinstance(module, QuantActivation)
     ]
@@ -378,9 +386,19 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
         with _batch_statistics(network):
             for alternative in alternatives(network):
                 alternative(images)
+                shared += [module for module, count in calls.items() if count > 1]
+                calls.clear()
     finally:
         for hook in hooks:
             hook.remove()
+    names = [name for name, module in network.named_modules() if module in shared]
+    if names:
+        warnings.warn(
+            f"these activations are called several times in a pass: {', '.join(names)}; each has one range and one "
+            "noise for all of its places. Give every place a module of its own before the network is converted",
+            SharedNoiseWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

@@ -32,7 +32,11 @@ class GradientMaskingWarning(UserWarning):
 
 
 class NoEffectWarning(UserWarning):
-    """Warn of a call that changed nothing."""
+    """Warn of a call that changed nothing, or not all that it was to change."""
+
+
+class SharedNoiseWarning(UserWarning):
+    """Warn of a quantizer that a network asks several times in one pass: one range and one noise serve all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
