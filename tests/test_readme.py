@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from bitquorum import cli
 from bitquorum.bench import read_suite
-from bitquorum.config import read
+from bitquorum.config import parse, read
 from bitquorum.files import read_jsonl
 from bitquorum.report import (
     Table,
@@ -101,8 +101,13 @@ def test_the_python_blocks_run_in_order(page: str, tmp_path: Path, monkeypatch: 
             exec(compile(block, page, "exec"), names)
 
 
-def test_the_readme_and_the_evaluation_page_show_python():
-    assert all("```python" in PAGES[page] for page in ("README.md", "docs/evaluation.md"))
+def test_the_pages_for_users_show_python():
+    assert all("```python" in PAGES[page] for page in ("README.md", "docs/evaluation.md", "docs/guide.md"))
+
+
+def test_the_guide_shows_an_experiment_in_toml():
+    (block,) = [block for language, block in FENCE.findall(PAGES["docs/guide.md"]) if language == "toml"]
+    assert parse(tomllib.loads(block)).arms
 
 
 def test_the_readme_shows_the_command_line():
