@@ -177,6 +177,9 @@ def test_weights_that_stay_in_float_are_named_unless_an_override_leaves_them_so(
         convert(network, Policy(overrides=(Override(pattern="2"),)))
     convert(network, Policy(overrides=(Override(pattern="[23]"),)))
     convert(network, Policy(weight_bits=None, activation_bits=None, image_bits=4))
+    normed = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
+    with pytest.warns(NoEffectWarning, match=r"weights in float: 2; types"):
+        convert(normed, Policy())
 
 
 def test_activations_that_are_functions_are_warned_of():

@@ -13,6 +13,7 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bitquorum.interface import InputError, Method, NoEffectWarning, SharedNoiseWarning
 from bitquorum.layers import WEIGHTED, Noise, QuantActivation, QuantImage, QuantLayer
@@ -194,7 +195,7 @@ def _keeps(module: nn.Module, name: str, bits: "_Bits") -> bool:
     if type(module) in WEIGHTED or isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return False
     weights = any("weight" in key and value.dim() > 1 for key, value in module.named_parameters(recurse=False))
-    return weights and bits.of(name, weights=True) is not None
+    return (weights or is_parametrized(module)) and bits.of(name, weights=True) is not None
 
 
 def _is_activation(module: nn.Module) -> bool:
