@@ -121,6 +121,7 @@ ACTIVATIONS: dict[type[nn.Module], _Rule] = {
     nn.ReLU6: lambda _: Rule(grid="one-sided", high=6.0, absorbed=True),
     nn.Hardtanh: lambda m: Rule(grid="two-sided", low=_number(m, "min_val"), high=_number(m, "max_val"), absorbed=True),
     nn.Sigmoid: lambda _: Rule(grid="one-sided", high=1.0),
+    nn.Hardsigmoid: lambda _: Rule(grid="one-sided", high=1.0),
     nn.Softplus: lambda _: Rule(grid="one-sided"),
     nn.Tanh: lambda _: Rule(grid="symmetric", high=1.0),
     nn.GELU: lambda _: Rule(grid="two-sided", low=-0.17),
@@ -128,6 +129,7 @@ ACTIVATIONS: dict[type[nn.Module], _Rule] = {
     nn.Mish: lambda _: Rule(grid="two-sided", low=-0.31),
     nn.Hardswish: lambda _: Rule(grid="two-sided", low=-0.375),
     nn.ELU: lambda _: Rule(grid="two-sided", low=-1.0),
+    nn.SELU: lambda _: Rule(grid="two-sided", low=-1.76),
     nn.LeakyReLU: lambda _: Rule(grid="two-sided", low=-0.5),
     nn.PReLU: lambda _: Rule(grid="two-sided", low=-0.5),
 }
@@ -375,7 +377,7 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
             return
         calls[module] += 1
         inner = args[0] if module.absorbed else module.activation(args[0].clone())  # it may work in place
-        keep_grid = isinstance(module.activation, nn.Hardtanh | nn.ReLU6 | nn.Sigmoid | nn.Tanh)
+        keep_grid = isinstance(module.activation, nn.Hardtanh | nn.ReLU6 | nn.Sigmoid | nn.Hardsigmoid | nn.Tanh)
         if not keep_grid:
             module.quantizer.fit_range(inner)
 

@@ -63,6 +63,7 @@ SHAPES: Mapping[type[nn.Module], Callable[[nn.Module], Shape]] = {
     nn.LeakyReLU: lambda _: Shape(turns=(0.0,), kinks=(0.0,)),
     nn.PReLU: lambda _: Shape(turns=(0.0,), kinks=(0.0,)),
     nn.Sigmoid: lambda _: Shape(curvature=1 / (6 * math.sqrt(3))),
+    nn.Hardsigmoid: lambda _: Shape(kinks=(-3.0, 3.0)),
     nn.Tanh: lambda _: Shape(curvature=4 / (3 * math.sqrt(3))),
     nn.Softplus: _softplus,
     nn.GELU: _gelu,
@@ -70,6 +71,7 @@ SHAPES: Mapping[type[nn.Module], Callable[[nn.Module], Shape]] = {
     nn.Mish: lambda _: Shape(turns=(-1.1924312145154952,), curvature=0.65),
     nn.Hardswish: lambda _: Shape(turns=(-1.5,), kinks=(-3.0, 3.0), curvature=1 / 3),
     nn.ELU: lambda m: Shape(turns=(0.0,), kinks=(0.0,), curvature=abs(_number(m, "alpha"))),
+    nn.SELU: lambda _: Shape(kinks=(0.0,), curvature=1.7581),
 }
 """Type of activation -> its shape."""
 
