@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bitquorum.attacks import PGD, Square, Transfer
 from bitquorum.data import load
+from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Ladder, Report, evaluate_model
 from bitquorum.foreign import wrap
 from bitquorum.interface import ConfigError, InputError
@@ -107,5 +108,6 @@ def test_l2_and_names_of_ladders(digits: tuple[Tensor, Tensor]):
     ],
 )
 def test_bad_inputs_are_one_clear_error(change, message: str, digits: tuple[Tensor, Tensor]):
-    with pytest.raises(InputError, match=message):
-        evaluate(network(0), change(*digits))
+    for model in (network(0), Ensemble([network(0)]).eval()):
+        with pytest.raises(InputError, match=message):
+            evaluate(model, change(*digits))

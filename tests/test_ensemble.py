@@ -463,3 +463,38 @@ def test_more_passes_agree_more_often():
         predicted = ensemble.predict(logits)
         spread.append((predicted != predicted.mode(0).values).double().mean())
     assert spread[1] < 0.7 * spread[0]
+
+
+class Answering(nn.Module):
+    """Return what is asked for in place of logits."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.head, self.answer = nn.Linear(64, 3), answer
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.answer(self.head(images.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda y: {"logits": y}, "dict"),
+        (lambda y: (y, y), "tuple"),
+        (lambda y: y[:, 0], r"a tensor of shape \[5\]"),
+        (lambda y: y[:, :, None], r"a tensor of shape \[5, 3, 1\]"),
+        (lambda y: y[:3], r"a tensor of shape \[3, 3\]"),
+    ],
+    ids=["dict", "tuple", "one score", "an axis too many", "rows missing"],
+)
+def test_members_that_return_no_logits_are_refused(answer, found):
+    x = images().float()
+    for member in (Answering(answer), nn.Sequential(Answering(answer))):
+        with pytest.raises(InputError, match=rf"expected logits \[5, classes\] from every member, got {found}"):
+            Ensemble([member])(x)
+
+
+def test_members_of_different_numbers_of_classes_are_refused():
+    members = [nn.Sequential(nn.Flatten(), nn.Linear(64, classes)) for classes in (3, 4)]
+    with pytest.raises(InputError, match=r"members of equally many classes, got \[3, 4\]"):
+        Ensemble(members)(images().float())

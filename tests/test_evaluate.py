@@ -359,3 +359,10 @@ def test_the_interval_covers_the_truth_19_times_of_20(name: str):
 def test_bad_settings(options: dict[str, object], message: str):
     with pytest.raises(InputError, match=message):
         replace(SMALL, **options)
+
+
+def test_a_label_beyond_the_classes_of_the_ensemble_is_refused():
+    ensemble = Ensemble([nn.Sequential(nn.Flatten(), nn.Linear(4, 2))])
+    data = image_set(torch.rand(3, 1, 2, 2), torch.tensor([0, 2, 1]), classes=3)
+    with pytest.raises(InputError, match="expected labels below the 2 classes, got 2"):
+        Evaluation(attacks=(FGSM(),), epsilons=(0.1,), examples=3)(ensemble, data)

@@ -627,6 +627,12 @@ def test_unknown_choices(name: str):
         trainer.__post_init__()
 
 
+def test_too_few_logits():
+    narrow = Ensemble([nn.Sequential(nn.Flatten(), nn.Linear(toy().shape[1] * toy().shape[2], 2))])
+    with pytest.raises(InputError, match="expected logits of 3 classes from every member, got 2"):
+        TRAINER(narrow, toy(), Objective())
+
+
 def test_too_few_images():
     with pytest.raises(InputError, match="at least one batch of 65 images, got 64; lower batch_size"):
         fit(replace(TRAINER, batch_size=65))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, cast, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -238,9 +238,17 @@ class Ensemble(nn.Module):
         return 1 if self.training else (1 + self.mirrored) * (1 + (self.shift > 0))
 
     def each(self, images: Sequence[Float[Tensor, "batch *image"]]) -> list[Float[Tensor, "draw batch classes"]]:
-        """Return the logits of each member on images of its own, under every ambient draw."""
+        """Return the logits of each member on images of its own, under every ambient draw.
+
+        Raises:
+            InputError: if a member returns no logits, or members know different numbers of classes.
+        """
         count = self._draws()
-        return [_under_draws(member, x, count) for member, x in zip(self.members, images, strict=True)]
+        answers = [_under_draws(member, x, count) for member, x in zip(self.members, images, strict=True)]
+        if len({answer.shape[-1] for answer in answers}) > 1:
+            classes = [answer.shape[-1] for answer in answers]
+            raise InputError(f"expected members of equally many classes, got {classes}")
+        return answers
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
         """Return logits and the input of each member's last linear layer, its penultimate features."""
@@ -300,14 +308,24 @@ def _under_draws(
     whole = member.training or type(member) is not nn.Sequential or member._forward_hooks or member._forward_pre_hooks
     parts = [member] if whole or count == 1 else [*cast(nn.Sequential, member)]
     first = next((place for place, part in enumerate(parts) if is_stochastic(part)), len(parts))
+    rows = len(x)
     for part in parts[:first]:
         x = part(x)
     if first == len(parts):
-        return x.expand(count, -1, -1)
+        return _checked(x, rows).expand(count, -1, -1)
     x = x if count == 1 else _repeat(x, count)
     for part in parts[first:]:
         x = part(x)
-    return x.unflatten(0, (count, -1))
+    return _checked(x, count * rows).unflatten(0, (count, -1))
+
+
+def _checked(logits: Any, rows: int) -> Float[Tensor, "rows classes"]:
+    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == rows:
+        return logits
+    found = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    raise InputError(
+        f"expected logits [{rows}, classes] from every member, got {found}; have the network return its logits alone"
+    )
 
 
 def _repeat(x: Float[Tensor, "batch *rest"], count: int) -> Float[Tensor, "draws *rest"]:

@@ -199,6 +199,9 @@ def wrap(
         text = "the model was in training mode; a copy in evaluation mode is judged"
         findings.append(Finding(name="training-mode", text=text))
     if isinstance(model, Ensemble):
+        with torch.no_grad(), rng.draw(0):
+            for member in model.members:
+                _checked(member, images[:_PROBE], labels)
         return model
     if mean is not None or std is not None:
         model = Normalized(model, mean or [0.0] * len(std or ()), std or [1.0] * len(mean or ())).eval()

@@ -299,6 +299,7 @@ class _Training:
             memory=self.memory,
             reduce=_Mean(len(images) / self.trainer.batch_size) if self.world > 1 else Reduce(),
             mixed=(mixed[0], mixed[1]) if mixed else None,
+            classes=len(self.data.classes),
         )
         with self._autocast():
             loss, values = self.objective(step, weights)

@@ -157,11 +157,18 @@ class Evaluation(Method):
 def judge(
     ensemble: Ensemble, images: Float[Tensor, "batch *image"], batch: Batch, *, draws: int, seed: int
 ) -> Bool[Tensor, "draws batch"]:
-    """Return whether each of `draws` fresh predictions of each image is right."""
+    """Return whether each of `draws` fresh predictions of each image is right.
+
+    Raises:
+        InputError: if a label is none of the ensemble's classes.
+    """
     right = []
     for index in range(draws):
         with rng.draw(rng.derive_many(seed, ensemble.passes, "draw", index), batch.examples):
-            right.append(ensemble.predict(ensemble(images))[0] == batch.labels)
+            logits = ensemble(images)
+            right.append(ensemble.predict(logits)[0] == batch.labels)
+        if index == 0 and int(batch.labels.max()) >= logits.shape[-1]:
+            raise InputError(f"expected labels below the {logits.shape[-1]} classes, got {int(batch.labels.max())}")
     return torch.stack(right)
 
 

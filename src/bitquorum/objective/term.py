@@ -31,6 +31,7 @@ class Step:
         reduce: Average of a tensor over the processes.
         mixed: Where images hold a part of another one (`Augment.mix`): the label of that, and the share that is the
             image's own. The terms that fit labels know of it; attacks and mutual information take `labels` alone.
+        classes: Number of classes of the data, where it is known: members must have a logit for each.
     """
 
     ensemble: Ensemble
@@ -42,12 +43,21 @@ class Step:
     memory: MutableMapping[str, Tensor]
     reduce: "Reduce"
     mixed: tuple[Int[Tensor, "batch"], Float[Tensor, "batch"]] | None = None
+    classes: int = 0
 
     @cached_property
     def outputs(self) -> Outputs:
-        """The ensemble's answer to the batch, under one draw keyed by the step."""
+        """The ensemble's answer to the batch, under one draw keyed by the step.
+
+        Raises:
+            InputError: if a member has fewer logits than there are classes.
+        """
         with rng.draw(self.seed, self.examples):
-            return self.ensemble.outputs(self.images)
+            outputs = self.ensemble.outputs(self.images)
+        known = outputs.parts[0].shape[-1]
+        if known < self.classes:
+            raise InputError(f"expected logits of {self.classes} classes from every member, got {known}")
+        return outputs
 
     @property
     def logits(self) -> Float[Tensor, "draw member batch classes"]:
