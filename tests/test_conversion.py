@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -222,6 +223,16 @@ def test_a_weight_that_a_hook_makes_is_refused(change):
     if prune.is_pruned(network[2]):
         prune.remove(network[2], "weight")
         assert isinstance(convert(network, Policy())[2], QuantLayer)
+
+
+def test_scripts_and_lazy_weights_are_refused():
+    with pytest.raises(InputError, match="expected weights of a known shape, got lazy ones; call the network"):
+        convert(nn.Sequential(nn.LazyLinear(3), nn.ReLU()), Policy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has deprecated them, and people have them
+        script = torch.jit.script(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    with pytest.raises(InputError, match="got one that is compiled to TorchScript"):
+        convert(nn.Sequential(nn.Flatten(), script), Policy())
 
 
 def test_weights_of_zero_are_warned_of():

@@ -20,6 +20,7 @@ from bitquorum.attacks import PGD
 from bitquorum.conversion import Policy
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
+from bitquorum.evaluate import Evaluation
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
 from bitquorum.interface import InputError
 from bitquorum.objective import (
@@ -625,6 +626,18 @@ def test_unknown_choices(name: str):
     object.__setattr__(trainer, name, "other")  # past the run-time check of annotations, which users do not have
     with pytest.raises(InputError, match=f"expected {name} among .*, got 'other'"):
         trainer.__post_init__()
+
+
+def test_an_ensemble_without_gradients_is_refused_and_one_that_gets_them_back_is_trained():
+    ensemble = members()
+    few = replace(TRAINER, epochs=1)
+    few(ensemble, toy(), OBJECTIVE)
+    Evaluation(attacks=(), epsilons=(), examples=8, draws=1)(ensemble, toy().take(8))
+    with pytest.raises(InputError, match="none has a gradient, as an evaluation leaves it; call its requires_grad_"):
+        few(ensemble, toy(), OBJECTIVE)
+    before = [parameter.clone() for parameter in ensemble.parameters()]
+    few(ensemble.requires_grad_(), toy(), OBJECTIVE)
+    assert not all(map(torch.equal, before, ensemble.parameters()))
 
 
 def test_too_few_logits():

@@ -13,6 +13,7 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from bitquorum.interface import InputError, Method, NoEffectWarning, SharedNoiseWarning
@@ -220,7 +221,8 @@ def rebuild(
         image: Quantizer of the image, if any.
 
     Raises:
-        InputError: if the network is quantized or noisy already, or a hook makes the weight of one of its layers.
+        InputError: if the network is quantized or noisy already, is TorchScript, has lazy weights, or a hook makes the
+            weight of one of its layers.
 
     Warns:
         NoEffectWarning: if nothing was replaced and the image is left alone, or if a layer's weights are all zero:
@@ -270,6 +272,12 @@ def _check_float(network: nn.Module) -> None:
         raise InputError("expected a float network, got one that is quantized already; use `restore` first")
     if any(isinstance(module, Noise) for module in network.modules()):
         raise InputError("expected a float network, got one with noise; convert the network that it was made of")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise InputError(
+            "expected a network of Python modules, got one that is compiled to TorchScript; convert the first"
+        )
+    if any(is_lazy(parameter) for parameter in network.parameters()):
+        raise InputError("expected weights of a known shape, got lazy ones; call the network on some images first")
     for name, module in network.named_modules():
         if type(module) in WEIGHTED and "weight" in vars(module):
             raise InputError(

@@ -138,7 +138,8 @@ class Trainer(Method):
             device: Where to train.
 
         Raises:
-            InputError: if the data hold fewer images than a batch.
+            InputError: if the data hold fewer images than a batch or more classes than a member has logits, or no
+                parameter has a gradient.
             DivergedError: if the loss is not finite.
         """
         return _Training(self, ensemble, data, objective, seed, torch.device(device)).run(checkpoint, report)
@@ -174,6 +175,11 @@ class _Training:
         if len(data) < trainer.batch_size:
             raise InputError(
                 f"expected at least one batch of {trainer.batch_size} images, got {len(data)}; lower batch_size"
+            )
+        if trainer.epochs and not any(parameter.requires_grad for parameter in ensemble.parameters()):
+            raise InputError(
+                "expected weights to train, got an ensemble of which none has a gradient, as an evaluation leaves it; "
+                "call its requires_grad_() first"
             )
         self.trainer, self.objective = trainer, objective
         self.data = data.to(device) if device.type == "cuda" and data.images.nbytes <= _RESIDENT else data
