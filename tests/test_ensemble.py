@@ -498,3 +498,27 @@ def test_members_of_different_numbers_of_classes_are_refused():
     members = [nn.Sequential(nn.Flatten(), nn.Linear(64, classes)) for classes in (3, 4)]
     with pytest.raises(InputError, match=r"members of equally many classes, got \[3, 4\]"):
         Ensemble(members)(images().float())
+
+
+class Twice(nn.Module):
+    """Call the last linear layer twice an image, as a gate inside of a convolution network may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.gate = nn.Conv2d(1, 3, 8), nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.convolution(images).flatten(1)
+        return logits * self.gate(self.gate(logits))
+
+
+def test_logits_stand_for_the_features_of_members_without_a_last_linear_layer():
+    bare = nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten())
+    low = Policy(activation_bits=None)
+    ensemble = Ensemble.build([bare, Twice(), network().float()], [low, low, None]).eval()
+    with rng.draw([1, 2], torch.arange(5)), torch.no_grad():
+        outputs = ensemble.outputs(images().float())
+    for place in (0, 1):
+        assert torch.equal(outputs.features[place], outputs.parts[place].flatten(0, 1))
+    assert outputs.features[2].shape == (10, 16)
+    assert torch.equal(outputs.features[2][:5], outputs.features[2][5:])

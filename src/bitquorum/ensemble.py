@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast, final
@@ -251,19 +251,22 @@ class Ensemble(nn.Module):
         return answers
 
     def outputs(self, images: Float[Tensor, "batch *image"]) -> Outputs:
-        """Return logits and the input of each member's last linear layer, its penultimate features."""
+        """Return logits and the input of each member's last linear layer, its penultimate features.
+
+        The logits stand for them where a member has no linear layer, or calls its last one otherwise than once for each
+        image.
+        """
         answers: list[Tensor] = []
         seen: list[list[Tensor]] = []
         for look in self.looks(images):
             with ExitStack() as stack:
                 for member in self.members:
                     seen.append([])
-                    heads = [classifier(network) for network in alternatives(member)]
-                    stack.enter_context(_record_inputs(heads, seen[-1]))
+                    with suppress(InputError):
+                        heads = [classifier(network) for network in alternatives(member)]
+                        stack.enter_context(_record_inputs(heads, seen[-1]))
                 answers += self.each([look] * len(self.members))
-        draws, rows = len(answers[0]), answers[0].shape[0] * answers[0].shape[1]
-        inputs = [into[0] if len(into) == 1 else torch.cat(into) for into in seen]  # one for each pass of a draw
-        features = tuple(z if len(z) == rows else z.repeat(draws, *[1] * (z.dim() - 1)) for z in inputs)
+        features = tuple(_features(into, answer) for into, answer in zip(seen, answers, strict=True))
         return Outputs(parts=tuple(answers), features=features)
 
     @property
@@ -296,6 +299,17 @@ def classifier(member: nn.Module) -> nn.Module:
             f"expected a member with a linear layer before its logits, got {type(member).__name__}; features need one"
         )
     return found[-1]
+
+
+def _features(inputs: list[Tensor], logits: Float[Tensor, "draw batch classes"]) -> Float[Tensor, "rows *features"]:
+    """Return what a last layer was given, in one call or one for each draw, once for every draw of every image."""
+    draws, batch, _ = logits.shape
+    rows = sum(len(z) for z in inputs)
+    if rows == draws * batch:
+        return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+    if rows == batch and len(inputs) == 1:
+        return inputs[0].repeat(draws, *[1] * (inputs[0].dim() - 1))
+    return logits.flatten(0, 1)
 
 
 def _under_draws(
