@@ -27,6 +27,7 @@ from bitquorum.evaluate import Verdict
 from bitquorum.files import read_jsonl
 from bitquorum.interface import BitquorumError
 from bitquorum.registry import encode, to_toml
+from bitquorum.report import comparison
 from bitquorum.store import Run
 
 TINY = """
@@ -330,11 +331,13 @@ def test_show_prints_a_config_that_replays_and_markdown_as_it_is(runs: Path):
         result.output == (stored.path / "config.toml").read_text() == to_toml(encode(experiment.experiment_of(stored)))
     )
     result = CliRunner().invoke(cli.app, ["show", "tiny", "--markdown", "--runs", str(runs)])
-    lines = result.output.splitlines()
+    table, note = result.output.split("\n\n")
+    lines = table.splitlines()
     assert lines[0] == "| epsilon | attack | plain | sq |"
     assert lines[1] == "|---|---|---|---|"
     assert lines[2] == "|  | members | fp | w4a2 |"
     assert [line.split(" | ")[1] for line in lines[3:]] == ["clean", "FGSM", "worst"]
+    assert note == f"{comparison(experiment.results(stored)).note}\n"
 
 
 def test_lists(tmp_path: Path):

@@ -398,6 +398,7 @@ def test_compiled_noise_has_the_same_bits(compiled):
         assert torch.equal(choice.call(noise._uniform, halves, counter), noise._uniform(halves, counter))
 
 
+@pytest.mark.long
 @needs_compiler
 def test_compiled_draw_equals_plain_draw(compiled):
     z, keys = values(64, 3, 41, 41, top=3), keys_of(64)
@@ -433,6 +434,7 @@ def test_compiled_draw_does_not_depend_on_the_batch(compiled):
         assert torch.equal(kernels.draw(keys, z[:, :count], **arguments), codes[:, :count])
 
 
+@pytest.mark.long
 @needs_compiler
 def test_compiled_quantizer_equals_plain_quantizer(compiled):
     quantizer = Quantizer(2, high=3.0)
@@ -514,6 +516,7 @@ def test_elementary_functions_of_compiled_code(compiled, function, reference, lo
         assert bool(choice.call(function, torch.full((2,), math.nan)).isnan().all())
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("law", ["smooth-rounding", *(pytest.param(law, marks=pytest.mark.slow) for law in LAWS_SLOW)])
 @pytest.mark.parametrize("grid", [pytest.param("one-sided", marks=pytest.mark.slow), "two-sided"])
@@ -552,6 +555,7 @@ def test_the_fused_quantizer_trains_its_range_as_the_plain_one(compiled, grid):
     close(fused, derivatives(run, x, *quantizer.parameters()))
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize(
     "law", [Deterministic(), Deterministic(smooth_as=SmoothRounding()), StochasticRounding()], ids=str
@@ -699,6 +703,7 @@ def native(layer, x):
     return F.conv2d(x, layer.quantizer(conv.weight), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_compiled_batch_norm_equals_that_of_torch(compiled, dtype):

@@ -22,7 +22,7 @@ from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
-from bitquorum.interface import InputError
+from bitquorum.interface import InputError, NoEffectWarning
 from bitquorum.objective import (
     ConditionalMI,
     EnsembleCrossEntropy,
@@ -638,6 +638,13 @@ def test_an_ensemble_without_gradients_is_refused_and_one_that_gets_them_back_is
     before = [parameter.clone() for parameter in ensemble.parameters()]
     few(ensemble.requires_grad_(), toy(), OBJECTIVE)
     assert not all(map(torch.equal, before, ensemble.parameters()))
+
+
+def test_a_training_of_ranges_alone_is_warned_of():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(toy().shape[1] * toy().shape[2], 8), nn.ReLU(), nn.Linear(8, 3))
+    ensemble = Ensemble.build([network.requires_grad_(False)], [Policy()])
+    with pytest.warns(NoEffectWarning, match="no layer's weight has a gradient: the training moves ranges"):
+        replace(TRAINER, epochs=1)(ensemble, toy(), Objective())
 
 
 def test_too_few_logits():

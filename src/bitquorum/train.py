@@ -9,6 +9,7 @@ CUDA a step that allows it is recorded and replayed (`capture`); its noise is ke
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from bitquorum.conversion import calibrate
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
-from bitquorum.interface import BitquorumError, DataError, InputError, Method
+from bitquorum.interface import BitquorumError, DataError, InputError, Method, NoEffectWarning
 from bitquorum.kernels import bfloat16_pays, memory_format
 from bitquorum.muon import Muon
 from bitquorum.objective import Objective, Reduce, Step
@@ -141,6 +142,9 @@ class Trainer(Method):
             InputError: if the data hold fewer images than a batch or more classes than a member has logits, or no
                 parameter has a gradient.
             DivergedError: if the loss is not finite.
+
+        Warns:
+            NoEffectWarning: if no weight of a layer has a gradient.
         """
         return _Training(self, ensemble, data, objective, seed, torch.device(device)).run(checkpoint, report)
 
@@ -154,6 +158,11 @@ class Trainer(Method):
             return self.lr * (0.04 + 0.96 * progress / self.warmup)
         fall = (progress - self.warmup) / (1 - self.warmup)
         return self.lr * (1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * fall)))
+
+
+def _moves_weights(ensemble: Ensemble) -> bool:
+    weights = [parameter for parameter in ensemble.parameters() if parameter.dim() > 1]
+    return not weights or any(weight.requires_grad for weight in weights)
 
 
 class DivergedError(BitquorumError):
@@ -180,6 +189,13 @@ class _Training:
             raise InputError(
                 "expected weights to train, got an ensemble of which none has a gradient, as an evaluation leaves it; "
                 "call its requires_grad_() first"
+            )
+        if trainer.epochs and not _moves_weights(ensemble):
+            warnings.warn(
+                "no layer's weight has a gradient: the training moves ranges, norm layers and biases alone; call "
+                "requires_grad_() of the ensemble if that is not meant",
+                NoEffectWarning,
+                stacklevel=3,
             )
         self.trainer, self.objective = trainer, objective
         self.data = data.to(device) if device.type == "cuda" and data.images.nbytes <= _RESIDENT else data
