@@ -99,6 +99,31 @@ def test_l2_and_names_of_ladders(digits: tuple[Tensor, Tensor]):
         evaluate(network(0), digits, ladder="quik")
 
 
+class Failing(nn.Module):
+    """Return the scores of a network, which are no numbers for images that are brighter than any clean one."""
+
+    def __init__(self, brightest: float) -> None:
+        super().__init__()
+        self.network, self.brightest = network(0), brightest
+
+    def forward(self, images: Tensor) -> Tensor:
+        room = self.brightest - images.flatten(1).mean(1, keepdim=True)
+        return self.network(images) + 0 * room.sqrt()
+
+
+def test_what_is_no_number_is_no_right_answer(digits: tuple[Tensor, Tensor]):
+    images, labels = digits
+    model = Failing(float(images.flatten(1).mean(1).max()) + 1e-3).eval()
+    bright = (images + EPSILON).clamp(max=1)
+    assert bool(model(bright).isnan().all(-1).any())
+    for judged in (wrap(model, images, labels), Ensemble([model]).eval()):
+        clean, attacked = (judged.predict(judged(x))[0] for x in (images, bright))
+        assert torch.equal(clean, model(images).argmax(-1))
+        assert torch.equal(attacked == -1, model(bright).isnan().any(-1))
+    report = evaluate(model, digits)
+    assert report.climb.worst.value <= evaluate(network(0), digits).climb.worst.value
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

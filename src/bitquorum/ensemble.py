@@ -275,9 +275,14 @@ class Ensemble(nn.Module):
         return any(is_stochastic(member) for member in self.members)
 
     def predict(self, logits: Float[Tensor, "draw member batch classes"]) -> Int[Tensor, "prediction batch"]:
-        """Return the predicted classes; each prediction consumes `passes` draws."""
+        """Return the predicted classes; each prediction consumes `passes` draws.
+
+        Where a logit behind a prediction is not a number, it is -1, which is no class: an attack that leads there has
+        succeeded.
+        """
         parts = logits.split(self.passes)
-        return torch.stack([self.aggregation(part).argmax(-1) for part in parts])
+        lost = torch.stack([part.isnan().any(-1).flatten(0, 1).any(0) for part in parts])
+        return torch.stack([self.aggregation(part).argmax(-1) for part in parts]).masked_fill(lost, -1)
 
     @staticmethod
     def _draws() -> int:

@@ -124,8 +124,8 @@ class Wrapped(nn.Module):
         return torch.stack([value.flatten(1) for value in seen]).expand(draws, -1, -1)
 
     def predict(self, logits: Float[Tensor, "draw 1 batch classes"]) -> Int[Tensor, "draw batch"]:
-        """Return the predicted classes of every draw."""
-        return logits[:, 0].argmax(-1)
+        """Return the predicted classes of every draw, -1 where a logit is not a number; see `Ensemble.predict`."""
+        return logits[:, 0].argmax(-1).masked_fill(logits[:, 0].isnan().any(-1), -1)
 
     def _logits(self, output: Any) -> Tensor:
         logits = output_of(output)
