@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
 from typing import Any, get_args
@@ -27,6 +29,7 @@ from bitquorum.quantizers import (
     SmoothRounding,
     StochasticRounding,
     Surrogate,
+    concrete,
 )
 from bitquorum.quantizers.twin import twin as without_noise
 from bitquorum.registry import registered
@@ -632,3 +635,64 @@ def test_the_mean_twin_has_the_value_and_the_derivatives_of_the_mean_over_thresh
     if not isinstance(smooth, StochasticRounding):
         curvatures = [torch.autograd.grad(slope.sum(), x)[0] for slope in slopes]
         torch.testing.assert_close(*curvatures, atol=1e-5, rtol=0)
+
+
+# The concrete relaxation
+
+
+@smooth_law
+@pytest.mark.parametrize("top", [1, 3, 15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_slope_of_the_relaxation_is_its_derivative(law, top, dtype, monkeypatch):
+    monkeypatch.setattr(concrete, "_BLOCK", 300)  # several blocks
+    z = (rng.uniform(3, torch.arange(6), 50).to(dtype) * (top + 4) - 2).view(6, 5, 10).requires_grad_()
+    u = rng.uniform(4, torch.arange(6), 50).to(dtype).view(6, 5, 10)
+    code = (z.detach() + law.sample(u, law.scale)).round().clamp(0, top)
+    for temperature in (0.1, 0.5, 1.0):
+        relaxation = concrete.Concrete(law=law, scale=law.scale, top=top, temperature=temperature)
+        expected = gradient(relaxation.relaxed(code, z, torch.arange(6)), z)
+        found = gradient(relaxation.attach(code, z, torch.arange(6)), z)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_relaxation_has_second_derivatives():
+    relaxation = concrete.Concrete(law=Logistic(), scale=0.25, top=3, temperature=0.5)
+    z = torch.linspace(-1, 4, 12, dtype=torch.float64)[:, None].requires_grad_()
+    code, keys = z.detach().round().clamp(0, 3), torch.arange(12)
+
+    def derivatives(function):
+        (first,) = torch.autograd.grad(function(code, z, keys).sum(), z, create_graph=True)
+        return first.detach(), gradient(first.square(), z)
+
+    for found, expected in zip(derivatives(relaxation.attach), derivatives(relaxation.relaxed), strict=True):
+        torch.testing.assert_close(found, expected)
+        assert expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("law", [Logistic(), SmoothRounding()], ids=["logistic", "smooth-rounding"])
+def test_probabilities_are_exact_in_both_tails(law):
+    """Not so of Gaussian noise in float32, whose distribution function torch rounds at one."""
+    far = torch.tensor([-1.5, 16.5])
+    exact = concrete.probabilities(far.double(), 15, law, law.scale)
+    found = concrete.probabilities(far, 15, law, law.scale)
+    seen = exact > 1e-30
+    assert seen.sum() > 4
+    torch.testing.assert_close(found[seen].double(), exact[seen], rtol=1e-2, atol=0)
+
+
+@pytest.mark.long
+def test_a_gumbel_gradient_takes_little_more_memory_than_that_of_the_mean():
+    code = """
+import resource, torch
+from bitquorum import rng
+from bitquorum.quantizers import Quantizer, SmoothRounding, Surrogate
+quantizer, x = Quantizer(4, law=SmoothRounding()), torch.zeros(50, 40_000).requires_grad_()
+peaks = []
+for backward in ("mean", "gumbel"):
+    with Surrogate(backward=backward)(), rng.draw(0):
+        torch.autograd.grad(quantizer(x).sum(), x)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 80_000  # KiB; one number for each code of each element is 125,000

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitquorum import kernels, rng
 from bitquorum.interface import InputError
 from bitquorum.quantizers import twin
+from bitquorum.quantizers.concrete import Concrete, probabilities
 from bitquorum.quantizers.laws import WIDEST, Deterministic, Law, Logistic, SmoothLaw
 from bitquorum.quantizers.mean import LAWS, SMOOTH, attach_mean, mean_code
 from bitquorum.quantizers.surrogate import Backward, Surrogate, ambient
@@ -169,7 +170,7 @@ class Quantizer(nn.Module):
 
     def probabilities(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape levels"]:
         """Return P(k | x) for every level k, differentiable."""
-        return self._probabilities(self._steps(x)[0], self.scale())
+        return probabilities(self._steps(x)[0], self.top, self.law, self.scale())
 
     def entropy(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return H(Q(x) | x) in bits for each element: the noise that a draw adds."""
@@ -380,7 +381,8 @@ class Quantizer(nn.Module):
         backward = chosen.backward or self.surrogate.backward
         law, scale = self._shown_law() if backward == "mean" else (self.law, self.scale())  # a stand-in is BPDA
         if backward == "gumbel" and law.stochastic:
-            return self._attach_gumbel(code, z, scale, chosen.temperature or self.temperature)
+            concrete = Concrete(law=law, scale=scale, top=self.top, temperature=chosen.temperature or self.temperature)
+            return concrete.attach(code, z, rng.row_keys(z, self.address + "/gumbel"))
         if backward == "mean" and isinstance(law, SmoothLaw):
             if not isinstance(scale, Tensor):
                 return attach_mean(code, z, self.top, law, scale * chosen.width)
@@ -388,34 +390,6 @@ class Quantizer(nn.Module):
             return code + (mean - mean.detach())
         inside = z.clamp(0, self.top)  # the mean of stochastic rounding, and straight-through for every law
         return code + (inside - inside.detach())
-
-    def _attach_gumbel(self, code: Tensor, z: Tensor, scale: Tensor | float, temperature: float) -> Tensor:
-        """Relax the draw to a concrete variable, given that its largest component is the drawn code.
-
-        Gumbel noise is drawn given that code and then held fixed, so that the expected gradient is that of the mean of
-        the relaxation: Paulus et al., 2020, https://arxiv.org/abs/2010.04838, section 3. Without noise elsewhere the
-        relaxation is the one of Louizos et al., 2019.
-        """
-        logp = self._probabilities(z, scale).clamp(min=1e-20).log()
-        waits = -rng.uniform_like(z[..., None].detach().expand(logp.shape), self.address + "/gumbel").log()
-        index = code.long()[..., None]
-        first = waits.gather(-1, index)
-        others = -(waits / logp.detach().exp() + first).log()
-        gumbel = others.scatter(-1, index, -first.log()) - logp.detach()
-        weights = torch.softmax((logp + gumbel) / temperature, -1)
-        soft = (weights * torch.arange(self.top + 1, device=z.device, dtype=z.dtype)).sum(-1)
-        return code + (soft - soft.detach())
-
-    def _probabilities(self, z: Tensor, scale: Tensor | float) -> Tensor:
-        thresholds = torch.arange(self.top, device=z.device, dtype=z.dtype) + 0.5
-        below = self.law.cdf(thresholds - z[..., None], scale)  # P(code <= k), by symmetry of the law
-        above = self.law.cdf(z[..., None] - thresholds, scale)
-        inner = torch.where(
-            (z[..., None] > thresholds[1:]),
-            above[..., :-1] - above[..., 1:],
-            below[..., 1:] - below[..., :-1],
-        )
-        return torch.cat([below[..., :1], inner, above[..., -1:]], -1)
 
 
 class _ScaleGradient(torch.autograd.Function):
