@@ -669,9 +669,8 @@ def test_the_relaxation_has_second_derivatives():
         assert expected.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("law", [Logistic(), SmoothRounding()], ids=["logistic", "smooth-rounding"])
+@smooth_law
 def test_probabilities_are_exact_in_both_tails(law):
-    """Not so of Gaussian noise in float32, whose distribution function torch rounds at one."""
     far = torch.tensor([-1.5, 16.5])
     exact = concrete.probabilities(far.double(), 15, law, law.scale)
     found = concrete.probabilities(far, 15, law, law.scale)

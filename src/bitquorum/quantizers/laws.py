@@ -217,8 +217,8 @@ class Gaussian(SmoothLaw):
         return torch.erfinv(2 * u - 1) * (math.sqrt(2) * scale)
 
     def cdf(self, y: Float[Tensor, "*shape"], scale: Tensor | float) -> Float[Tensor, "*shape"]:
-        """Return the normal distribution function of y / scale."""
-        return torch.special.ndtr(y / scale)
+        """Return the normal distribution function of y / scale, exact to rounding in the lower tail."""
+        return 0.5 * torch.erfc(y * -math.sqrt(0.5) / scale)
 
     def pdf(self, y: Float[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
         """Return the normal density."""
