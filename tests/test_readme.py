@@ -158,7 +158,6 @@ def test_the_readme_shows_measured_results():
 def test_tables_of_results_are_what_the_stored_rows_render(page: str, kind: str, folder: str, shown: str):
     pattern, render = STORED[kind]
     paths = sorted((ROOT / folder).glob(pattern))
-    paths = paths or sorted((ROOT / folder).glob(Path(pattern).name))  # the folder of one ladder of several
     assert paths, f"{page} shows results of {folder}, which holds none"
     table = render([row for path in paths for row in read_jsonl(path)])
     assert isinstance(table, Table)
