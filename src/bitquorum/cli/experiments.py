@@ -130,7 +130,7 @@ def show(
     elif is_bench(stored):
         tables = [bench_table(summary(stored))] if markdown else list(bench_tables(summary(stored)))
     else:
-        tables = run_tables(stored)
+        tables = run_tables(stored) if markdown else []
     if markdown and tables:
         print("\n\n".join(part for table in tables for part in (table.markdown(), table.note) if part))
     elif is_museum(stored) or is_bench(stored):

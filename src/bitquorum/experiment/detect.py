@@ -25,6 +25,7 @@ from bitquorum.experiment.threats import (
     clean,
     climbers,
     evaluated_images,
+    is_complete,
     ladder_worst,
     pinned,
 )
@@ -64,8 +65,7 @@ def detect_run(
     detection, evaluation = pinned(stored, detection)
     folder = detection_folder(stored, detection)
     climbed = climbers(stored, detection)
-    known = read_jsonl(folder / "ladders.jsonl")
-    if (folder / "metrics.jsonl").exists() and known in (climbed, []):  # none: an earlier version kept none
+    if is_complete(folder, climbed):
         return detection, read_jsonl(folder / "metrics.jsonl")
     with working(stored, experiment, "detect"):
         atomic_write(folder / "detection.toml", to_toml(encode(detection)))

@@ -19,6 +19,7 @@ from bitquorum.experiment.threats import (
     climbers,
     evaluated_images,
     everyday,
+    is_complete,
     ladder_worst,
     pinned,
     transfers,
@@ -59,8 +60,7 @@ def plane_run(
     plane, evaluation = pinned(stored, plane)
     folder = plane_folder(stored, plane)
     climbed = climbers(stored, plane)
-    known = read_jsonl(folder / "ladders.jsonl")
-    if (folder / "metrics.jsonl").exists() and known in (climbed, []):  # none: an earlier version kept none
+    if is_complete(folder, climbed):
         return plane, read_jsonl(folder / "metrics.jsonl")
     listener = listener or Listener()
     with working(stored, experiment, "plane"):

@@ -20,7 +20,7 @@ from bitquorum.detect import Detection
 from bitquorum.evaluate import Evaluation
 from bitquorum.experiment.ladder import climbed, ladder_folder, ladders, read_climb
 from bitquorum.experiment.runs import evaluation_folder, experiment_of, read_cell, results
-from bitquorum.files import load_tensors
+from bitquorum.files import load_tensors, read_jsonl
 from bitquorum.interface import DataError
 from bitquorum.plane import Plane
 from bitquorum.registry import decode, digest, nearest
@@ -109,6 +109,12 @@ def climbers(stored: Run, chosen: Plane | Detection) -> list[dict[str, Any]]:
         for ladder in ladders(stored)
         if digest(ladder) in named
     ]
+
+
+def is_complete(folder: Path, climbers: list[dict[str, Any]]) -> bool:
+    """Return whether a plane or a detection is stored in a folder and read what these have climbed."""
+    known = read_jsonl(folder / "ladders.jsonl")
+    return (folder / "metrics.jsonl").exists() and known in (climbers, [])  # none: an earlier version kept none
 
 
 def evaluated_images(stored: Run, evaluation: Evaluation, data_root: Path | None) -> ImageSet:
