@@ -1,7 +1,10 @@
 """Test that several processes do what one does, and that a task that fails stops no other."""
 
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ SUITE = Suite(
     draws=5,
     calibration=100,
 )
+LINGER = 100  # seconds
 MEASURED = ("train_seconds", "milliseconds", "seconds")  # of a row; they differ from call to call
 
 
@@ -51,6 +55,17 @@ def experiment(name: str, lr: float = 0.05) -> Experiment:
 
 
 TASKS = [experiment("bad", lr=1e30), experiment("good"), experiment("better", lr=0.1)]
+
+
+def linger(threads: int) -> None:
+    time.sleep(LINGER * threads)
+
+
+def interrupted(futures: Any) -> Iterator[Any]:
+    """Raise what an interrupt raises that reaches one process alone, while the others work."""
+    time.sleep(1)
+    raise KeyboardInterrupt
+    yield from futures
 
 
 def rows(stored: Run) -> dict[str, dict[str, Any]]:
@@ -89,6 +104,18 @@ def test_a_process_that_the_system_kills_is_one_message(tmp_path: Path, monkeypa
     monkeypatch.setattr(pools, "_begin", os._exit)
     with pytest.raises(BitquorumError, match=r"expected 2 processes that live to the end, got one that was killed"):
         list(processes(2)(TASKS[1:], Place(root=tmp_path)))
+
+
+@pytest.mark.long
+def test_an_interrupt_ends_the_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pools, "as_completed", interrupted)
+    monkeypatch.setattr(pools, "_begin", linger)
+    with pytest.raises(KeyboardInterrupt):
+        list(processes(2)(TASKS[1:], Place(root=tmp_path)))
+    begun = time.monotonic()
+    for child in active_children():
+        child.join(LINGER / 2)
+    assert time.monotonic() - begun < LINGER / 2
 
 
 @pytest.mark.slow

@@ -73,9 +73,10 @@ COMMANDS = {
     "data list": "List the known data sets",
     "data get": "Download a data set's published files",
 }
-# A shell that starts the tests in the background lets its children ignore the interrupt.
+# A shell that starts the tests in the background lets its children ignore the interrupt, `nohup` the closed terminal.
 LAUNCHER = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bitquorum.cli import main; main()"
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); from bitquorum.cli import main; main()"
 )
 
 
@@ -523,7 +524,8 @@ def test_warnings_are_one_line_each(tiny: str, tmp_path: Path):
 
 
 @pytest.mark.long
-def test_an_interrupt_exits_with_130_and_the_same_command_resumes(tiny: str, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_exits_with_130_and_the_same_command_resumes(tiny: str, tmp_path: Path, number: signal.Signals):
     folder = tmp_path / "runs"
     arguments = ["run", tiny, "trainer.epochs=10", "--runs", str(folder), "--device", "cpu"]
     stored = Run(path=folder / experiment.create(read(tiny, ["trainer.epochs=10"]), folder).path.name)
@@ -532,7 +534,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_resumes(tiny: str, tmp
     deadline = time.monotonic() + 120
     while len(read_jsonl(log)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""

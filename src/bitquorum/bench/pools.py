@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -100,6 +100,8 @@ def processes(jobs: int) -> Callable[[Sequence[Task], Place], Iterator[Outcome]]
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for child in active_children():  # an interrupt may have reached this process alone
+                    child.terminate()
                 raise
 
     return run

@@ -11,6 +11,7 @@
 """
 
 import errno
+import signal
 import sys
 import warnings
 
@@ -26,6 +27,7 @@ def main() -> None:
     """Run the command line; a failure that the user can mend is one message and exit code 2."""
     warnings.showwarning = print_warning
     keep_freed_memory()
+    _end_by_interrupt()
     try:
         app()
     except Exception as error:
@@ -34,6 +36,14 @@ def main() -> None:
             raise
         err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
         sys.exit(2)
+
+
+def _end_by_interrupt() -> None:
+    """Take a request to end, as a cluster sends it or a terminal that closes, for an interrupt from the keyboard."""
+    for name in ("SIGTERM", "SIGHUP"):  # the second is not everywhere, and `nohup` ignores it
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _advice(error: Exception) -> str | None:
