@@ -1,6 +1,7 @@
 """Test that any module can be evaluated, and that the evaluation adapts to what the module is."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from bitquorum.attacks import PGD, Square, Transfer
 from bitquorum.data import load
 from bitquorum.ensemble import Ensemble
-from bitquorum.evaluate import Ladder, Report, evaluate_model
+from bitquorum.evaluate import Ladder, Report, evaluate_model, ladder
+from bitquorum.evaluate.selfchecks import CHECKS
 from bitquorum.foreign import wrap
-from bitquorum.interface import ConfigError, InputError
+from bitquorum.interface import ConfigError, DataError, InputError, Listener, Printed
 from bitquorum.museum.exhibits import Wrapped, crossmax, network, rounding
 
 LADDER = Ladder(
@@ -97,6 +99,73 @@ def test_l2_and_names_of_ladders(digits: tuple[Tensor, Tensor]):
     assert "Square-20 kept values mean-loss" not in rungs(report)
     with pytest.raises(ConfigError, match="expected a ladder among quick, standard, full, got 'quik'; did you mean"):
         evaluate(network(0), digits, ladder="quik")
+
+
+class Stop(Listener):
+    """Interrupt when a rung is done, as its user might."""
+
+    def __init__(self, rung: str) -> None:
+        self.rung, self.heard = rung, []
+
+    def advance(self, done: int, note: str = "") -> None:
+        self.heard.append(note)
+        if note.endswith(self.rung):
+            raise KeyboardInterrupt
+
+
+def test_a_kept_climb_goes_on_where_it_was_interrupted(digits: tuple[Tensor, Tensor], tmp_path: Path):
+    file, stop = tmp_path / "climb.safetensors", Stop("Square-20 kept values mean-loss")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network(0), digits, kept=file, listener=stop)
+    assert len(stop.heard) == 3
+    rest = Stop("nothing")
+    report = evaluate(network(0), digits, kept=file, listener=rest)
+    assert rest.heard == ["of 1 batches, Square-20 kept values mean-loss"]
+    whole = evaluate(network(0), digits)
+    assert report.climb.steps == whole.climb.steps
+    assert torch.equal(report.climb.images, whole.climb.images)
+    assert torch.equal(report.climb.correct, whole.climb.correct)
+    again = Stop("nothing")
+    assert evaluate(network(0), digits, kept=str(file), listener=again).climb.steps == whole.climb.steps
+    assert again.heard == []
+
+
+def test_a_kept_climb_serves_its_own_model_images_and_ladder_alone(digits: tuple[Tensor, Tensor], tmp_path: Path):
+    file = tmp_path / "climb.safetensors"
+    short = replace(LADDER, rungs=())
+    evaluate(network(0), digits, ladder=short, kept=file)
+    before, (images, labels) = file.read_bytes(), digits
+    for model, data, options in (
+        (network(1), digits, {}),
+        (network(0), (images.flip(0), labels), {}),
+        (network(0), (images, labels.roll(1)), {}),
+        (network(0), digits, {"epsilon": 0.1}),
+        (network(0), digits, {"seed": 1}),
+        (network(0), digits, {"ladder": LADDER}),
+        (network(0), digits, {"sources": {"sister": network(1)}}),
+    ):
+        with pytest.raises(DataError, match=r"expected the climb of this model .* got that of another; choose another"):
+            evaluate(model, data, **{"ladder": short, "kept": file, **options})
+        assert file.read_bytes() == before
+
+
+def test_progress_within_a_batch_is_told_in_passes(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ladder, "_PACE", 0.0)
+    heard = Stop("nothing")
+    evaluate(network(0), digits, ladder=replace(LADDER, rungs=(), batch_size=30), listener=heard)
+    passes = [f", {count} forward passes an image into the next" for count in range(1, 11)]
+    of = "of 2 batches, PGD-10"
+    assert heard.heard == [of + more for more in (*passes, "", *passes, "")]
+
+
+def test_progress_is_printed_to_standard_error(digits: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]):
+    evaluate(network(0), digits, ladder=replace(LADDER, rungs=(), check_images=4), listener=Printed())
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[:2] == [
+        "ladder test: 1 of 1 batches, PGD-10",
+        f"self-checks: 0 of {len(CHECKS)}, self-test",
+    ]
 
 
 class Failing(nn.Module):

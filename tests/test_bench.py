@@ -72,7 +72,7 @@ def test_accuracies_are_those_of_the_stored_climb(done):
     root, _, rows = done
     entry = small().entries()[1]
     (path,) = entry_folder(entry, root).glob("*/climb@*.safetensors")
-    from bitquorum.experiment.ladder import read_climb
+    from bitquorum.evaluate.climbs import read_climb
 
     climb, examples = read_climb(path)
     assert rows[1]["worst"]["value"] == pytest.approx(climb.worst.value, abs=1e-4)

@@ -14,6 +14,8 @@ from bitquorum.attacks import FGSM, PGD, Attack, RandomNoise, Transfer
 from bitquorum.config import Experiment, parse
 from bitquorum.data import load
 from bitquorum.evaluate import Climb, Ladder, SequentialTest
+from bitquorum.evaluate.climbs import read_climb
+from bitquorum.evaluate.selfchecks import CHECKS
 from bitquorum.experiment import (
     climb_run,
     create,
@@ -154,7 +156,7 @@ def test_interrupted_work_resumes_to_the_same_end(
 ):
     shutil.rmtree(copied.path / "ladders")
     count = 0
-    write = module._write
+    write = module.write_climb
 
     def stop(path: Path, climb: Climb, *more: Any) -> None:
         nonlocal count
@@ -163,10 +165,10 @@ def test_interrupted_work_resumes_to_the_same_end(
         if count == at:
             raise StopError
 
-    monkeypatch.setattr(module, "_write", stop)
+    monkeypatch.setattr(module, "write_climb", stop)
     with pytest.raises(StopError):
         climb_run(copied, LADDER)
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "write_climb", write)
     (folder,) = copied.path.glob("ladders/*")
     finished = {path.parent.name for path in folder.glob("*/verdicts.jsonl")}
     assert (
@@ -186,9 +188,9 @@ def test_a_climb_of_an_earlier_version_goes_on(climbed: Run, tmp_path: Path):
     tensors, facts = load_tensors(path)
     del tensors["second"]
     save_tensors(tmp_path / "climb.safetensors", tensors, facts)
-    climb, _ = module.read_climb(tmp_path / "climb.safetensors")
+    climb, _ = read_climb(tmp_path / "climb.safetensors")
     assert bool((climb.second == -1).all()), "every version is looked at anew"
-    assert torch.equal(climb.rate, module.read_climb(path)[0].rate)
+    assert torch.equal(climb.rate, read_climb(path)[0].rate)
 
 
 def test_a_climb_on_other_images_is_refused(climbed: Run, copied: Run):
@@ -240,9 +242,9 @@ def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
             heard.append(f"{done} {note}")
 
     climb_run(copy, plan, arms=["sq"], listener=Ear())
-    assert heard[0] == "ladder sq"
-    assert "1 of 1 batches, EOT-PGD-3x2 (to the end" in heard[1]
+    assert heard[:3] == ["ladder sq", "0 batches, up to 7 + 7 passes an image", "1 of 1 batches, EOT-PGD-3x2"]
     assert "self-checks sq" in heard
+    assert heard[heard.index("self-checks sq") + 1] == f"0 of {len(CHECKS)}, {next(iter(CHECKS))}"
     rows = verdicts(copy, plan)
     assert {(row["arm"], row["epsilon"]) for row in rows} == {("sq", 16 / 255)}
     assert len(rows) > 3

@@ -13,6 +13,7 @@ from bitquorum.conversion import Policy
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Examples, Ladder, Report, evaluate_model, run_checks
 from bitquorum.evaluate.selfchecks import CHECKS, Verdict, _tail
+from bitquorum.interface import Listener
 from bitquorum.museum.exhibits import network as digits_network
 
 pytestmark = pytest.mark.long
@@ -247,14 +248,19 @@ def test_steps_that_harm_are_found_out(digits: tuple[Tensor, Tensor], nearest: f
 
 def test_verdicts_do_not_depend_on_the_order_of_calls(digits: tuple[Tensor, Tensor]):
     model = Ensemble([digits_network(0)]).eval().requires_grad_(False)
-    heard: list[str] = []
+    heard: list[tuple[int, str]] = []
+
+    class Ear(Listener):
+        def advance(self, done: int, note: str = "") -> None:
+            heard.append((done, note))
+
     images, labels = digits
     examples = Examples(images=images, labels=labels, index=torch.arange(len(labels)))
     climb = LADDER(model, examples, epsilon=EPSILON)
-    first = run_checks(model, examples, LADDER, climb, on_check=heard.append)
+    first = run_checks(model, examples, LADDER, climb, listener=Ear())
     rng.fresh_seed()
     assert run_checks(model, examples, LADDER, climb) == first
-    assert heard == list(CHECKS)
+    assert heard == [(done, f"of {len(CHECKS)}, {name}") for done, name in enumerate(CHECKS)]
 
 
 def test_the_binomial_tail_is_that_of_a_sum():

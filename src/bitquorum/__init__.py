@@ -32,6 +32,7 @@ _HOME = {
     "Objective": "objective",
     "PGD": "attacks",
     "Policy": "conversion",
+    "Printed": "interface",
     "Quantizer": "quantizers",
     "StochasticRounding": "quantizers",
     "Surrogate": "quantizers",

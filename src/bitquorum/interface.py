@@ -1,5 +1,6 @@
 """Define the errors, warnings, value types and protocols that the other modules share."""
 
+import sys
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -84,3 +85,18 @@ class Listener:
 
     def end(self) -> None:
         """Hear that the present task is done."""
+
+
+class Printed(Listener):
+    """Print what is heard of progress, a line each, to standard error."""
+
+    def __init__(self) -> None:
+        self.task, self.of = "", ""
+
+    def begin(self, task: str, total: int) -> None:
+        """Note the name of a task."""
+        self.task, self.of = task, f"/{total}" if total else ""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Print a line."""
+        print(f"{self.task}: {done}{self.of} {note}", file=sys.stderr, flush=True)

@@ -51,21 +51,22 @@ class Bars:
     """Draw the progress of an experiment or a download."""
 
     def __init__(self, progress: Progress) -> None:
+        from bitquorum.interface import Printed
+
         self.progress = progress
         self.task = progress.add_task("", visible=False, note="")
+        self.lines = Printed()
 
     def begin(self, task: str, total: int) -> None:
         """Show a new bar."""
+        self.lines.begin(task, total)
         self.task = self.progress.add_task(task, total=total or None, note="")
 
     def advance(self, done: int, note: str = "") -> None:
         """Move the bar."""
         self.progress.update(self.task, completed=done, note=note)
         if not self.progress.console.is_terminal:
-            name = self.progress.tasks[self.task].description
-            total = self.progress.tasks[self.task].total
-            of = f"/{int(total)}" if total else ""
-            print(f"{name}: {done}{of} {note}", file=sys.stderr, flush=True)
+            self.lines.advance(done, note)
 
     def end(self) -> None:
         """Fill the bar."""

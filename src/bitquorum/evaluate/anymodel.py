@@ -1,8 +1,10 @@
 """Climb the ladder with any module that classifies images in [0, 1]."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -10,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum.attacks import PGD, Attack, Transfer
+from bitquorum.evaluate.climbs import mark_of, read_climb, write_climb
 from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder
 from bitquorum.evaluate.presets import ladder_named
 from bitquorum.evaluate.selfchecks import Verdict, run_checks
 from bitquorum.foreign import Finding, Wrapped, wrap
 from bitquorum.geometry import Norm
-from bitquorum.interface import Model
+from bitquorum.interface import Listener, Model
 
 _OWN: Final = "own gradient"
 _OUTCOMES: Final = {True: "passed", False: "FAILED", None: "not posed"}
@@ -30,7 +33,7 @@ class Report:
         verdicts: Of the self-checks.
         findings: What was noticed about the model, and how the evaluation adapted.
         tries: Number of tries of the worst-of accuracy.
-        seconds: That the climb took, without inspection and self-checks.
+        seconds: That the climb took in this call, without inspection and self-checks.
     """
 
     climb: Climb
@@ -69,6 +72,8 @@ def evaluate_model(
     norm: Norm | None = None,
     sources: Mapping[str, nn.Module] | None = None,
     seed: int | None = None,
+    kept: Path | str | None = None,
+    listener: Listener | None = None,
 ) -> Report:
     """Climb the ladder with a model that is ours or anybody's.
 
@@ -86,9 +91,12 @@ def evaluate_model(
         norm: `linf` or `l2`, in place of the ladder's.
         sources: Other modules that the attacker holds, such as members or an undefended twin, by name.
         seed: Of attacks and draws, in place of the ladder's.
+        kept: File (safetensors) in which the climb is kept after every rung; the same call goes on from there.
+        listener: Hears of progress, such as `Printed()`.
 
     Raises:
         InputError: for bad images or labels, or a model that cannot be judged; the message says why.
+        DataError: if the file is corrupt, or keeps the climb of another model, of other images or another ladder.
 
     Examples:
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
@@ -115,11 +123,52 @@ def evaluate_model(
             held = {_OWN: wrapped, **held}
         else:
             held = {"relaxed copy": relaxed, **held}
+    listener = listener or Listener()
+    listener.begin(f"ladder {chosen.name}", 0)
     started = time.monotonic()
-    climb = chosen(wrapped, examples, epsilon=epsilon, sources=held, shown=shown)
+    before, on_step = _keeping(kept, [wrapped, *held.values()], examples, chosen)
+    climb = chosen(
+        wrapped,
+        examples,
+        epsilon=epsilon,
+        sources=held,
+        shown=shown,
+        climb=before,
+        on_step=on_step,
+        listener=listener,
+    )
     seconds = time.monotonic() - started
-    verdicts = run_checks(wrapped, examples, chosen, climb, sources=held, shown=shown) if chosen.check_images else []
+    listener.end()
+    verdicts: list[Verdict] = []
+    if chosen.check_images:
+        listener.begin("self-checks", 0)
+        verdicts = run_checks(
+            wrapped,
+            examples,
+            chosen,
+            climb,
+            sources=held,
+            shown=shown,
+            listener=listener,
+        )
+        listener.end()
     return Report(climb=climb, verdicts=tuple(verdicts), findings=findings, tries=chosen.tries, seconds=seconds)
+
+
+def _keeping(
+    kept: Path | str | None, models: Sequence[Model], examples: Examples, ladder: Ladder
+) -> tuple[Climb | None, Callable[[Climb], None] | None]:
+    """Return the climb that a file keeps, or `None`, and what keeps a later one there."""
+    if kept is None:
+        return None, None
+    path = Path(kept)
+    mark = mark_of([model for model in models if isinstance(model, nn.Module)], examples, ladder)
+    before = read_climb(path, examples.images.device, mark=mark)[0] if path.exists() else None
+    return before, partial(_keep, path, examples, mark)
+
+
+def _keep(path: Path, examples: Examples, mark: str, climb: Climb) -> None:
+    write_climb(path, climb, examples, mark=mark)
 
 
 def _by_own_gradients(ladder: Ladder) -> list[Attack]:
@@ -137,7 +186,7 @@ def _masked(model: Wrapped, relaxed: Wrapped, examples: Examples, ladder: Ladder
     for shown in (model, relaxed):
         arena = Arena(model=model, shown=shown, examples=chosen, ladder=ladder, sources={})
         attack = PGD(steps=10, eot=4 if model.stochastic else 1, loss="margin", pooling="mean-probability")
-        found, _ = arena.attack(attack, everyone, epsilon, None)
+        found, _ = arena.attack(attack, everyone, epsilon)
         left.append(float(arena.judge(found, everyone).float().mean()))
     if left[0] - left[1] < 0.05:
         return None

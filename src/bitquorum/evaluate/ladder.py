@@ -5,8 +5,9 @@ and whether the image still stands, is decided on *selection* draws by a sequent
 on *judging* draws, which neither the attacks nor the selection saw.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, final, get_args
@@ -23,11 +24,13 @@ from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate.accuracy import Accuracy, interval, worst_of
 from bitquorum.evaluate.sequential import SequentialTest, Tally
 from bitquorum.geometry import Norm, increasing, norm_of
-from bitquorum.interface import Cost, InputError, Method, Model
+from bitquorum.interface import Cost, InputError, Listener, Method, Model
 from bitquorum.kernels import bfloat16_pays, wide
 from bitquorum.layers import Noise
 from bitquorum.quantizers import Quantizer, Surrogate
 from bitquorum.quantizers.twin import Twin
+
+_PACE = 20.0  # seconds between two words on the passes of a batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -237,7 +240,7 @@ class Ladder(Method):
         shown: Model | None = None,
         climb: Climb | None = None,
         on_step: Callable[[Climb], None] | None = None,
-        on_batch: Callable[[str, int, int], None] | None = None,
+        listener: Listener | None = None,
     ) -> Climb:
         """Climb at one epsilon.
 
@@ -249,7 +252,7 @@ class Ladder(Method):
             shown: What the attacks see in place of the model: the same outputs with other gradients (BPDA).
             climb: Of an earlier, interrupted call; its rungs are not climbed again.
             on_step: Called after every rung with the climb so far.
-            on_batch: Called with the rung's label, batches done and batches in all.
+            listener: Hears how many batches of a rung are done and, in long ones, of the passes within.
 
         Raises:
             InputError: if the rungs of the earlier climb are not those that this one begins with.
@@ -268,7 +271,7 @@ class Ladder(Method):
                 continue
             everyone = torch.arange(len(examples.labels), device=examples.labels.device)
             met = everyone if number == 1 or self.everywhere else everyone[climb.standing]
-            arena.climb(climb, attack, met, on_batch)
+            arena.climb(climb, attack, met, listener)
             if on_step:
                 on_step(climb)
         return climb
@@ -335,10 +338,10 @@ class Arena:
         climb: Climb,
         attack: Attack,
         met: Int[Tensor, "met"],
-        on_batch: Callable[[str, int, int], None] | None,
+        listener: Listener | None = None,
     ) -> None:
         """Let one attack meet the chosen images and keep what is worse than before."""
-        found, cost = self.attack(attack, met, climb.epsilon, on_batch)
+        found, cost = self.attack(attack, met, climb.epsilon, listener)
         tally = self.score(found, met)
         worse, rate, second = self._confirm(climb, found, met, tally)
         everyone = len(met) == len(climb.images)
@@ -372,14 +375,15 @@ class Arena:
         attack: Attack,
         met: Int[Tensor, "met"],
         epsilon: float,
-        on_batch: Callable[[str, int, int], None] | None,
+        listener: Listener | None = None,
     ) -> tuple[Float[Tensor, "met *image"], Cost]:
         """Return the adversarial versions of the chosen images, and the passes of each."""
         seed = rng.derive(self.ladder.seed, "attack", attack.label, repr(epsilon))
         found, cost = self.examples.images[met], Cost()
         parts = met.split(self.ladder.batch_size) if len(met) else ()
+        news = _News(listener or Listener(), attack.label, len(parts))
         for number, rows in enumerate(parts, start=1):
-            with self._autocast(low=True):
+            with self._autocast(low=True), news.heard(self.shown, len(rows)):
                 result = attack(
                     self.shown,
                     self.examples.images[rows],
@@ -393,8 +397,7 @@ class Arena:
                 )
             first = (number - 1) * self.ladder.batch_size
             found[first : first + len(rows)], cost = result.images, result.cost
-            if on_batch:
-                on_batch(attack.label, number, len(parts))
+            news.advance()
         return found, cost
 
     @property
@@ -594,6 +597,40 @@ def _as_queries(attack: Attack) -> dict[str, Any]:
         case RandomNoise():
             return {"tries": attack.tries * attack.draws}
     return {}
+
+
+class _News:
+    """Tell a listener of the batches of a rung and, every few seconds, of the passes of the present one."""
+
+    def __init__(self, listener: Listener, rung: str, batches: int) -> None:
+        self.listener, self.rung, self.batches, self.done = listener, rung, batches, 0
+        self.asked, self.told = 0, time.monotonic()
+
+    @contextmanager
+    def heard(self, model: Model, images: int) -> Iterator[None]:
+        """Count what is asked of a model, as images under a draw; of one that is no module nothing is known."""
+
+        def count(*call: Any) -> None:
+            draws, _, batch, _ = call[2].shape
+            self.asked += draws * batch
+            if time.monotonic() - self.told >= _PACE:
+                self._tell(f", {self.asked // images:,} forward passes an image into the next")
+
+        handle = model.register_forward_hook(count) if isinstance(model, torch.nn.Module) else None
+        try:
+            yield
+        finally:
+            if handle:
+                handle.remove()
+
+    def advance(self) -> None:
+        """Hear that a batch is done."""
+        self.done, self.asked = self.done + 1, 0
+        self._tell("")
+
+    def _tell(self, more: str) -> None:
+        self.told = time.monotonic()
+        self.listener.advance(self.done, f"of {self.batches} batches, {self.rung}{more}")
 
 
 def _members(model: Model) -> int:

@@ -20,7 +20,7 @@ from bitquorum.attacks import APGD, Attack, Problem, RandomNoise, pooled_loss
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder, is_noisy
 from bitquorum.geometry import ascend
-from bitquorum.interface import Model
+from bitquorum.interface import Listener, Model
 
 _ALARM: Final = 0.01  # probability of a false alarm of one check
 _NORMAL: Final = 2.6  # standard errors that it corresponds to, on one side, with a reserve
@@ -52,7 +52,7 @@ def run_checks(
     *,
     sources: Mapping[str, Model] | None = None,
     shown: Model | None = None,
-    on_check: Callable[[str], None] | None = None,
+    listener: Listener | None = None,
 ) -> list[Verdict]:
     """Check a finished climb.
 
@@ -63,13 +63,13 @@ def run_checks(
         climb: Its result.
         sources: Other models that the attacker held.
         shown: What the attacks saw in place of the model.
-        on_check: Called with the name of each check before it begins.
+        listener: Hears how many checks are done, and which one begins.
     """
     bench = _Bench.build(model, examples, ladder, climb, sources or {}, shown or model)
     verdicts = []
-    for name, check in CHECKS.items():
-        if on_check:
-            on_check(name)
+    for done, (name, check) in enumerate(CHECKS.items()):
+        if listener:
+            listener.advance(done, f"of {len(CHECKS)}, {name}")
         verdict = check(bench)
         if verdict is not None:
             verdicts.append(verdict)
@@ -111,7 +111,7 @@ class _Bench:
 
     def accuracy(self, attack: Attack, epsilon: float) -> Float[Tensor, "images"]:
         """Return each image's probability of being right, on fresh draws, under one attack."""
-        found, _ = self.arena.attack(attack, self.everyone, epsilon, None)
+        found, _ = self.arena.attack(attack, self.everyone, epsilon)
         return self.arena.judge(found, self.everyone).float().mean(0)
 
     def draws(self, purpose: str, count: int) -> list[int]:

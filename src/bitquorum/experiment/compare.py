@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.evaluate import CLEAN, worst
+from bitquorum.evaluate.climbs import read_climb
 from bitquorum.evaluate.compare import difference, holm
-from bitquorum.experiment.ladder import norm_named, read_climb, read_ladder
+from bitquorum.experiment.ladder import norm_named, read_ladder
 from bitquorum.experiment.runs import choose_arms, experiment_of, read_cell
 from bitquorum.files import read_jsonl, write_jsonl
 from bitquorum.interface import DataError

@@ -1,6 +1,5 @@
 """Climb the ladder with every arm of a stored run, and store steps, outcomes, adversarial images and verdicts."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitquorum.config import Arm, Experiment
 from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
-from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Step, Verdict, interval, run_checks
+from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Verdict, interval, run_checks
+from bitquorum.evaluate.climbs import read_climb, write_climb
 from bitquorum.experiment.runs import choose_arms, experiment_of, restored, working
-from bitquorum.files import append_jsonl, atomic_write, json_row, load_tensors, read_jsonl, save_tensors, write_jsonl
-from bitquorum.interface import Cost, DataError, Listener
+from bitquorum.files import append_jsonl, atomic_write, json_row, read_jsonl, write_jsonl
+from bitquorum.interface import DataError, Listener
 from bitquorum.peers import PeerError, check_peer, second_opinion
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
@@ -167,7 +166,7 @@ def climb_arm(
 
         def keep(climb: Climb, path: Path = path) -> None:
             nonlocal started
-            _write(path, climb, examples)
+            write_climb(path, climb, examples)
             now = time.monotonic()
             row = {"arm": folder.name, "epsilon": climb.epsilon, "rung": climb.steps[-1].rung}
             append_jsonl(folder / "seconds.jsonl", [{**row, "seconds": round(now - started, 1)}])
@@ -175,6 +174,7 @@ def climb_arm(
 
         passes = ladder.passes(model, list(others))
         listener.begin(f"ladder {folder.name}", 0)
+        listener.advance(0, f"batches, up to {passes.forward:,} + {passes.backward:,} passes an image")
         climb = ladder(
             model,
             examples,
@@ -182,14 +182,12 @@ def climb_arm(
             sources=others,
             climb=before,
             on_step=keep,
-            on_batch=lambda rung, done, total, passes=passes: listener.advance(
-                done, f"of {total} batches, {rung} (to the end {passes.forward} + {passes.backward} passes an image)"
-            ),
+            listener=listener,
         )
         listener.end()
         if ladder.check_images:
             listener.begin(f"self-checks {folder.name}", 0)
-            found = run_checks(model, examples, ladder, climb, sources=others)
+            found = run_checks(model, examples, ladder, climb, sources=others, listener=listener)
             listener.end()
         common = {"arm": folder.name, "epsilon": epsilon, **norm_named(ladder)}
         rows += [{**common, **asdict(verdict)} for verdict in found]
@@ -234,57 +232,6 @@ def _ask(folder: Path, ladder: Ladder, model: Ensemble, examples: Examples, name
         append_jsonl(folder / "seconds.jsonl", [facts])
         atomic_write(path, json_row({**row, **seconds}))
         listener.end()
-
-
-def _write(path: Path, climb: Climb, examples: Examples) -> None:
-    """Store a climb: outcomes of each image, the worst version of each, and the steps so far."""
-    tensors = {
-        "images": climb.images,
-        "rate": climb.rate,
-        "second": climb.second,
-        "standing": climb.standing.to(torch.uint8),
-        "broken_by": climb.broken_by,
-        "correct": climb.correct.to(torch.uint8),
-        "claim": climb.claim.to(torch.uint8),
-        "labels": examples.labels,
-        "examples": examples.index,
-    }
-    steps = json.dumps([asdict(step) for step in climb.steps])
-    save_tensors(
-        path,
-        {name: value.contiguous().cpu() for name, value in tensors.items()},
-        {"epsilon": repr(climb.epsilon), "steps": steps},
-    )
-
-
-def read_climb(path: Path, device: torch.device | str = "cpu") -> tuple[Climb, Tensor]:
-    """Return a stored climb, and the identities of its examples.
-
-    Raises:
-        DataError: if the file is corrupt.
-    """
-    stored, facts = load_tensors(path)
-    tensors = {name: value.to(device) for name, value in stored.items()}
-    try:
-        steps = [_step(row) for row in json.loads(facts["steps"])]
-        flags: dict[str, Tensor] = {name: tensors[name].bool() for name in ("standing", "correct", "claim")}
-        climb = Climb(
-            epsilon=float(facts["epsilon"]),
-            steps=steps,
-            images=tensors["images"],
-            rate=tensors["rate"],
-            second=tensors.get("second", torch.full_like(tensors["rate"], -1)),  # of an earlier version
-            broken_by=tensors["broken_by"],
-            **flags,
-        )
-        return climb, tensors["examples"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"expected the state of a ladder at {path}, got: {error}; remove it") from error
-
-
-def _step(row: dict[str, Any]) -> Step:
-    accuracies = {name: row[name] and Accuracy(**row[name]) for name in ("alone", "left")}
-    return Step(**{**row, **accuracies, "cost": Cost(**row["cost"])})
 
 
 def _keep(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from bitquorum.data import ImageSet, load
 from bitquorum.data.corrupt import corrupt
 from bitquorum.detect import Detection
 from bitquorum.evaluate import Evaluation
-from bitquorum.experiment.ladder import climbed, ladder_folder, ladders, read_climb
+from bitquorum.evaluate.climbs import read_climb
+from bitquorum.experiment.ladder import climbed, ladder_folder, ladders
 from bitquorum.experiment.runs import evaluation_folder, experiment_of, read_cell, results
 from bitquorum.files import load_tensors, read_jsonl
 from bitquorum.interface import DataError
