@@ -452,6 +452,26 @@ def test_compiled_quantizer_equals_plain_quantizer(compiled):
     torch.testing.assert_close(second, plain[2], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
+@needs_compiler
+@pytest.mark.parametrize("law", ["smooth-rounding", *(pytest.param(law, marks=pytest.mark.slow) for law in LAWS_SLOW)])
+def test_compiled_slope_of_a_relaxation_equals_the_plain_one(compiled, law, monkeypatch):
+    monkeypatch.setattr(layout, "BLOCK", 200)
+    scale = SMOOTH[law][1]
+    for shape, top in (((7, 3, 8, 9), 15), ((5, 40), 1), ((1, 30), 3)):
+        z, keys = values(*shape, top=top), keys_of(shape[0])
+        for x in (z, z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z):
+            code = kernels.draw(keys, x, law=law, top=top, scale=scale)
+            settings = {"law": law, "top": top, "scale": scale, "temperature": 0.5}
+            found = kernels.relaxed_slope(code, x, keys, **settings)
+            with kernels.use("eager"):
+                expected = kernels.relaxed_slope(code, x, keys, **settings)
+                same = kernels.relaxed_slope(code.contiguous(), z, keys, **settings)
+            assert found.stride() == x.stride()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("law", SMOOTH)

@@ -19,6 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from bitquorum import rng
 from bitquorum.information import PlugIn
 from bitquorum.interface import GradientMaskingWarning, InputError
+from bitquorum.kernels import layout
 from bitquorum.quantizers import (
     Deterministic,
     Gaussian,
@@ -643,8 +644,12 @@ def test_the_mean_twin_has_the_value_and_the_derivatives_of_the_mean_over_thresh
 @smooth_law
 @pytest.mark.parametrize("top", [1, 3, 15])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_slope_of_the_relaxation_is_its_derivative(law, top, dtype, monkeypatch):
-    monkeypatch.setattr(concrete, "_BLOCK", 300)  # several blocks
+@pytest.mark.parametrize("known", [True, False])
+def test_the_slope_of_the_relaxation_is_its_derivative(law, top, dtype, known, monkeypatch):
+    monkeypatch.setattr(layout, "BLOCK", 100)  # several blocks
+    monkeypatch.setattr(concrete, "_BLOCK", 300)
+    if not known:
+        monkeypatch.setattr(concrete, "SMOOTH", {})  # as for a law of a user's own
     z = (rng.uniform(3, torch.arange(6), 50).to(dtype) * (top + 4) - 2).view(6, 5, 10).requires_grad_()
     u = rng.uniform(4, torch.arange(6), 50).to(dtype).view(6, 5, 10)
     code = (z.detach() + law.sample(u, law.scale)).round().clamp(0, top)
@@ -653,6 +658,18 @@ def test_the_slope_of_the_relaxation_is_its_derivative(law, top, dtype, monkeypa
         expected = gradient(relaxation.relaxed(code, z, torch.arange(6)), z)
         found = gradient(relaxation.attach(code, z, torch.arange(6)), z)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.00625, 0.0063, 0.02])
+def test_the_relaxation_bears_narrow_noise(scale):
+    law, keys = SmoothRounding(scale=scale), torch.arange(40)
+    z = torch.linspace(-1, 4, 40)[:, None].requires_grad_()
+    code = z.detach().round().clamp(0, 3)
+    relaxation = concrete.Concrete(law=law, scale=law.scale, top=3, temperature=0.5)
+    expected = gradient(relaxation.relaxed(code.double(), z.double(), keys), z)
+    found = gradient(relaxation.attach(code, z, keys), z)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert found.abs().max() > 0.5
 
 
 def test_the_relaxation_has_second_derivatives():

@@ -6,6 +6,7 @@
 | `layout` | views of a tensor in the order of its memory, so that no layout costs a copy |
 | `noise` | counter-based uniform noise, and the draw of a code |
 | `mean` | slope and curvature of the mean code |
+| `concrete` | slope of a drawn code's concrete relaxation |
 | `quantize` | draw, decoding and both derivatives in one pass each |
 | `rounding` | weights rounded to nearest, forwards and backwards in one pass each |
 | `normalize` | batch normalization whose second derivatives are one pass each |
@@ -29,6 +30,7 @@ float32 and, where a network trains in it, bfloat16; every other type runs plain
 """
 
 from bitquorum.kernels.choice import Mode, applies, compiler_available, mode, use
+from bitquorum.kernels.concrete import LEAST, relaxed_slope
 from bitquorum.kernels.convolution import CHANNEL_BLOCK, convolve, fits_convolution, memory_format
 from bitquorum.kernels.gelu import fits_gelu, gelu
 from bitquorum.kernels.layout import flatten, unflatten
@@ -49,6 +51,7 @@ from bitquorum.kernels.rounding import round_symmetric
 
 __all__ = [
     "CHANNEL_BLOCK",
+    "LEAST",
     "LawName",
     "MeanCode",
     "Mode",
@@ -75,6 +78,7 @@ __all__ = [
     "normalize",
     "normalize_plain",
     "quantize",
+    "relaxed_slope",
     "round_nearest",
     "round_symmetric",
     "slope",

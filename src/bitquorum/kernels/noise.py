@@ -58,7 +58,7 @@ def uniform(keys: Int[Tensor, "rows"], count: int) -> Float[Tensor, "rows count"
         those = halves[rows]
         if columns.start:  # never so on a GPU, where a tensor from the host would stop it
             those = those + torch.tensor([columns.start, 0], dtype=torch.int32)
-        part.copy_(_uniform(those, counter[: part.shape[1]]))
+        part.copy_(uniform_of(those, counter[: part.shape[1]]))
     return out
 
 
@@ -224,7 +224,8 @@ def _mix(h: Int[Tensor, "*shape"], scratch: Int[Tensor, "*shape"]) -> None:
 
 
 @no_type_check
-def _uniform(halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "count"]) -> Float[Tensor, "rows count"]:
+def uniform_of(halves: Int[Tensor, "rows 2"], counter: Int[Tensor, "*more"]) -> Float[Tensor, "*shape"]:
+    """Return the number of each counter, or counter of a row, under the key of each row."""
     h = counter.view(torch.int32) + halves[:, :1]
     scratch = torch.empty_like(h)
     _mix(h, scratch)
@@ -248,7 +249,7 @@ def codes(
     compiled: bool = False,
 ) -> Float[Tensor, "rows count"]:
     """Return what `draw` says, of flat rows."""
-    u = _uniform(halves, counter).to(z.dtype)
+    u = uniform_of(halves, counter).to(z.dtype)
     if law == "logistic":
         e = polynomial.logit(u).mul_(scale)
     elif law == "gaussian":

@@ -13,7 +13,7 @@ The slope that an attack or a plain training asks for,
 $$\frac{\partial \tilde{c}}{\partial z} = \frac{1}{T} \left[\sum_k k\, w_k s_k - \tilde{c} \sum_k w_k s_k\right], \quad
 s_k = \frac{\partial \log p_k}{\partial z},$$
 
-is summed in blocks: a number for each code of each element would take many times the memory of the network.
+is `kernels.relaxed_slope`: a number for each code of each element would take many times the memory of the network.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from bitquorum import kernels
 from bitquorum.quantizers.laws import Law, SmoothLaw
+from bitquorum.quantizers.mean import SMOOTH
 
 _BLOCK = 1 << 18  # numbers of a block, over all codes
-_LEAST = 1e-20  # probability, below which a code counts as impossible
 
 
 def thresholds(z: Float[Tensor, "*shape"], top: int) -> Float[Tensor, "top"]:
@@ -81,7 +81,7 @@ class Concrete:
         self, code: Float[Tensor, "rows *rest"], z: Float[Tensor, "rows *rest"], keys: Int[Tensor, "rows"]
     ) -> Float[Tensor, "rows *rest"]:
         """Return the relaxed code by differentiable operations, of any order; it takes `top` times the memory of z."""
-        logp = probabilities(z, self.top, self.law, self.scale).clamp(min=_LEAST).log()
+        logp = probabilities(z, self.top, self.law, self.scale).clamp(min=kernels.LEAST).log()
         waits = self._waits(keys, z.shape[1:].numel(), z.dtype).view(*z.shape, -1)
         index = code.long()[..., None]
         first = waits.gather(-1, index)
@@ -90,43 +90,22 @@ class Concrete:
         weights = torch.softmax((logp + gumbel) / self.temperature, -1)
         return (weights * torch.arange(self.top + 1, device=z.device, dtype=z.dtype)).sum(-1)
 
-    @torch.no_grad()
     def slope(
         self, code: Float[Tensor, "rows *rest"], z: Float[Tensor, "rows *rest"], keys: Int[Tensor, "rows"]
     ) -> Float[Tensor, "rows *rest"]:
         """Return the derivative of `relaxed` in z, of a smooth law."""
-        count = z.shape[1:].numel()
-        values, codes = z.reshape(len(z), count), code.reshape(len(z), count)
-        found = torch.empty_like(values)
-        height = max(1, _BLOCK // (max(1, count) * (self.top + 1)))
+        name = SMOOTH.get(type(self.law))
+        if name is not None:
+            known: dict[str, Any] = {"law": name, "top": self.top, "scale": float(self.scale)}
+            return kernels.relaxed_slope(code, z, keys, temperature=self.temperature, **known)
+        found = torch.empty_like(z)
+        height = max(1, _BLOCK // max(1, z.shape[1:].numel() * (self.top + 1)))
         for start in range(0, len(z), height):
             rows = slice(start, start + height)
-            waits = self._waits(keys[rows], count, z.dtype).movedim(-1, 0).contiguous()
-            found[rows] = self._slope(codes[rows].long()[None], values[rows], waits)
-        return found.view(z.shape)
-
-    def _slope(self, code: Int[Tensor, "1 *block"], z: Tensor, waits: Float[Tensor, "codes *block"]) -> Tensor:
-        assert isinstance(self.law, SmoothLaw)
-        scale = float(self.scale)
-        ahead = thresholds(z, self.top).view(-1, *[1] * z.dim()) - z
-        tail = self.law.cdf(-ahead.abs(), scale)  # of the noise beyond each threshold, on its far side
-        near, far, low, high = tail[1:], tail[:-1], ahead[:1] <= 0, ahead[-1:] > 0
-        between = (ahead[:-1] <= 0) & (ahead[1:] > 0)
-        inner = torch.where(between, 1 - near - far, (near - far).abs_())
-        ends = torch.where(low, tail[:1], 1 - tail[:1]), torch.where(high, tail[-1:], 1 - tail[-1:])
-        p = torch.cat([ends[0], inner, ends[1]])
-        density = self.law.pdf(ahead, scale)
-        change = torch.cat([-density[:1], density[:-1] - density[1:], density[-1:]])
-        impossible = p < _LEAST
-        p.clamp_(min=_LEAST)
-        share = change.div_(p).masked_fill_(impossible, 0.0)
-        ratio = waits.div(p).div_(waits.gather(0, code))
-        weight = ratio.add_(1).pow_(-1 / self.temperature).scatter_(0, code, 1.0)
-        weight /= weight.sum(0)
-        number = torch.arange(self.top + 1, device=z.device, dtype=z.dtype).view(-1, *[1] * z.dim())
-        share *= weight
-        mean = (number * weight).sum(0)
-        return ((number * share).sum(0) - mean * share.sum(0)) / self.temperature
+            with torch.enable_grad():
+                leaf = z[rows].detach().requires_grad_()
+                (found[rows],) = torch.autograd.grad(self.relaxed(code[rows], leaf, keys[rows]).sum(), leaf)
+        return found
 
     def _waits(self, keys: Tensor, count: int, dtype: torch.dtype) -> Float[Tensor, "rows count codes"]:
         """Return a waiting time for each code of each element of some rows."""
