@@ -253,6 +253,7 @@ def session(**more: Any) -> dict[str, Any]:
         "cuda": {"version": None, "devices": []},
         "threads": {"intra_op": 1},
         "git": {"revision": "0123456789abcdef", "dirty": True},
+        "program": {"revision": "fedcba9876543210", "dirty": False},
         "work": "train",
         "seconds": 12.5,
         "ended": "done",
@@ -385,6 +386,7 @@ def test_numbers_stand_with_images_draws_and_intervals(text: str):
     assert "200 test images and 20 fresh draws" in words
     assert "90.0 [85, 95]" in words
     assert "0123456789ab*" in words
+    assert "0.1.0 at fedcba987654" in words
     assert "No number on this page is one of the publication" in words
 
 

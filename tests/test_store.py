@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitquorum import environment as module
 from bitquorum import files as store
 from bitquorum.environment import environment
 from bitquorum.files import (
@@ -195,8 +196,18 @@ def test_environment_knows_the_revision(tmp_path: Path, monkeypatch: pytest.Monk
     assert clean["dirty"] is False
     (tmp_path / "a").write_text("2")
     assert environment()["git"] == {"revision": clean["revision"], "dirty": True}
+    monkeypatch.setattr(module, "_HOME", tmp_path)
+    assert environment()["program"] is None, "a program that git does not track, as one that is installed below it"
+    (tmp_path / "environment.py").write_text("")
+    git("add", "environment.py")
+    git("commit", "-q", "-a", "-m", "b")
+    monkeypatch.chdir(tmp_path.parent)
+    found = environment()
+    assert found["git"] is None
+    assert found["program"] == {"revision": found["program"]["revision"], "dirty": False}
+    assert found["program"]["revision"] != clean["revision"]
     monkeypatch.setenv("PATH", "")
-    assert environment()["git"] is None
+    assert environment()["program"] is None
 
 
 CONFIG = {"seed": 1, "arms": [{"name": "a", "scale": 0.25}], "law": {"type": "logistic"}}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+_HOME = Path(__file__).parent
 _CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16")
 
 
@@ -17,11 +18,12 @@ def environment() -> dict[str, Any]:
     """Return what a result depends on besides its config: versions, hardware, threads and git revision.
 
     Memory is in bytes. Of the CPU's flags those are kept that change low-precision arithmetic. There are no
-    host names, users or paths in it. `git`, of the working folder, is `None` outside of a git checkout.
+    host names, users or paths in it. `git` is of the working folder, `program` of the folder that this code came from:
+    `None` where git does not track it.
 
     Examples:
         >>> sorted(environment())
-        ['cpu', 'cuda', 'deterministic', 'git', 'memory', 'platform', 'threads', 'versions']
+        ['cpu', 'cuda', 'deterministic', 'git', 'memory', 'platform', 'program', 'threads', 'versions']
     """
     info = _cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
@@ -44,7 +46,8 @@ def environment() -> dict[str, Any]:
         "memory": _memory(),
         "cuda": _cuda(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "git": _git(),
+        "git": _git(Path()),
+        "program": _git(_HOME) if _git_output(_HOME, "ls-files", "environment.py") else None,
     }
 
 
@@ -85,21 +88,20 @@ def _cuda() -> dict[str, Any]:
     return {"version": torch.version.cuda, "devices": devices}
 
 
-def _git() -> dict[str, Any] | None:
-    """Return the revision of the working folder and whether a tracked file differs from it."""
-    revision = _git_output("rev-parse", "HEAD")
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Return the revision of a folder and whether a tracked file of its repository differs from it."""
+    revision = _git_output(folder, "rev-parse", "HEAD")
     if not revision:
         return None
-    changes = _git_output("status", "--porcelain", "--untracked-files=no")
+    changes = _git_output(folder, "status", "--porcelain", "--untracked-files=no")
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 
-def _git_output(*arguments: str) -> str | None:
+def _git_output(folder: Path, *arguments: str) -> str | None:
     try:
         # Without optional locks, looking never disturbs a git command that runs beside it.
-        result = subprocess.run(
-            ["git", "--no-optional-locks", *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
+        command = ["git", "--no-optional-locks", *arguments]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

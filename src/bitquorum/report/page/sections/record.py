@@ -162,24 +162,33 @@ def _sessions(view: RunView) -> Html:
     body = [_session(row) for row in view.environments]
     table = grid(header, body, f"Sessions of work, {view.name}", texts=(0, 1, 4, 5, 6, 7, 8))
     total = environments([dict(row) for row in view.environments if _complete(row)])
-    return join([table, note(f"In all {total}. Seconds of the wall clock; a revision with * had uncommitted changes.")])
+    words = (
+        f"In all {total}. Seconds of the wall clock. Revision: of the folder where the work was begun; that of the "
+        "program's own folder, where git tracks it, stands beside its version. One with * had uncommitted changes."
+    )
+    return join([table, note(words)])
 
 
 def _session(row: Row) -> tuple[str, ...]:
-    versions, git = _inner(row, "versions"), _inner(row, "git")
-    revision = str(git.get("revision") or "–")[:12] + ("*" if git.get("dirty") else "")
+    versions, program = _inner(row, "versions"), _revision(_inner(row, "program"))
     seconds = f"{row['seconds']:,.1f}" if "seconds" in row else "–"
     threads = str(_inner(row, "threads").get("intra_op", "–"))
-    named = (str(versions.get(name, "–")) for name in ("python", "torch", "bitquorum"))
+    python, torch, version = (str(versions.get(name, "–")) for name in ("python", "torch", "bitquorum"))
     return (
         str(row.get("work", "–")),
         str(row.get("ended", "killed")),
         seconds,
         threads,
         _hardware(row),
-        *named,
-        revision,
+        python,
+        torch,
+        f"{version} at {program}" if program else version,
+        _revision(_inner(row, "git")) or "–",
     )
+
+
+def _revision(git: Row) -> str:
+    return str(git.get("revision") or "")[:12] + ("*" if git.get("dirty") else "")
 
 
 def _hardware(row: Row) -> str:
