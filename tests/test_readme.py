@@ -157,7 +157,7 @@ def test_the_readme_shows_measured_results():
 @pytest.mark.parametrize(("page", "kind", "folder", "shown"), TABLES, ids=[f"{t[0]}:{t[1]}:{t[2]}" for t in TABLES])
 def test_tables_of_results_are_what_the_stored_rows_render(page: str, kind: str, folder: str, shown: str):
     pattern, render = STORED[kind]
-    paths = sorted((ROOT / folder).glob(pattern))
+    paths = sorted((ROOT / folder).glob(pattern.removeprefix("ladders/*/") if "/ladders/" in folder else pattern))
     assert paths, f"{page} shows results of {folder}, which holds none"
     table = render([row for path in paths for row in read_jsonl(path)])
     assert isinstance(table, Table)
