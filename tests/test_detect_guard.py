@@ -170,6 +170,34 @@ def test_too_few_images_and_bad_settings_are_refused(count: int, options: dict[s
         Guard.fit(ensemble_of(), *images_of(0, count), **{"passes": 1, **options})
 
 
+class Failing(nn.Module):
+    """Answer with what is no number where an image is dark."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = images.flatten(1)[:, :CLASSES]
+        return torch.where(scores.sum(1, keepdim=True) > 0, scores, math.nan)
+
+
+@pytest.mark.parametrize("statistic", [PredictionMI(), Disagreement(), MaxSoftmax()])
+def test_an_image_without_an_answer_is_rejected(statistic: InputStatistic):
+    images, labels = images_of(0, 100)
+    ensemble = Ensemble([Failing(), Failing()])
+    guard = Guard.fit(ensemble, images, labels, statistic=statistic, passes=1)
+    few = images[:4].clone()
+    few[1] = 0
+    answer = guard(few)
+    assert answer.prediction.tolist()[1] == -1
+    assert not bool(answer.accepted[1])
+    assert float(answer.statistic[1]) == math.inf
+    assert float(answer.p_value[1]) == pytest.approx(1 / 101)
+    assert not bool(answer.sets[1].any())
+    rest = torch.tensor([0, 2, 3])
+    assert torch.equal(answer.prediction[rest], few.flatten(1)[rest, :CLASSES].argmax(1))
+    images[7] = 0
+    with pytest.raises(InputError, match="expected logits that are numbers on clean images, got NaN"):
+        Guard.fit(ensemble, images, labels, statistic=statistic, passes=1)
+
+
 def test_labels_that_do_not_fit_are_refused():
     images, labels = images_of(0, 120)
     with pytest.raises((InputError, TypeError)):

@@ -1,5 +1,6 @@
 """Serve an ensemble with a detector in front: a prediction, a set or a rejection."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -22,7 +23,7 @@ class Guarded:
     """Hold what a guard says about images.
 
     Attributes:
-        prediction: Class, whether accepted or not.
+        prediction: Class, whether accepted or not; -1 where a logit is not a number.
         accepted: Whether the image looks like a clean one.
         sets: Classes that conform to the image; none of them where nothing does.
         statistic: Score; larger is more suspicious.
@@ -134,7 +135,7 @@ class Guard(nn.Module):
 
         Raises:
             InputError: for bad images or labels, or too few of them for the rate or the coverage; for a statistic that
-                compares votes where there is a single view.
+                compares votes where there is a single view; for logits that are not numbers.
         """
         check_inputs(images, labels, 0.0)
         if passes < 1 or batch_size < 1:
@@ -146,6 +147,8 @@ class Guard(nn.Module):
             with rng.draw(rng.derive_many(seed, passes, "calibration", number), rows):
                 parts.append(ensemble(images[rows]))
         logits, chosen = torch.cat(parts, 2), statistic or PredictionMI()
+        if bool(logits.isnan().any()):
+            raise InputError("expected logits that are numbers on clean images, got NaN; train the ensemble anew")
         missing = 1 - logits.softmax(-1).mean((0, 1)).gather(1, labels[:, None])[:, 0]
         return cls(
             ensemble,
@@ -196,6 +199,9 @@ class Guard(nn.Module):
     def forward(self, images: Float[Tensor, "batch *image"]) -> Guarded:
         """Return predictions, sets and rejections.
 
+        Where a logit is not a number the prediction is -1, which is no class, and the image is rejected with the
+        score infinity and an empty set.
+
         Raises:
             InputError: for images that are not finite floats in [0, 1], or none.
         """
@@ -208,9 +214,11 @@ class Guard(nn.Module):
         with rng.draw(rng.derive_many(first, self.passes, "guard", *others), ambient.examples if ambient else None):
             logits = self.ensemble(images)
         probability = logits.softmax(-1).mean((0, 1))
-        score = self.statistic(logits, CleanReference(joints=self.joints))
+        lost = logits.isnan().any(-1).flatten(0, 1).any(0)
+        views = logits.masked_fill(lost[:, None], 0.0)  # a statistic takes numbers alone
+        score = self.statistic(views, CleanReference(joints=self.joints)).masked_fill(lost, math.inf)
         return Guarded(
-            prediction=self.ensemble.aggregation(logits).argmax(-1),
+            prediction=self.ensemble.aggregation(logits).argmax(-1).masked_fill(lost, -1),
             accepted=score <= self.threshold,  # written so that NaN is rejected
             sets=1 - probability <= self.quantile,
             statistic=score,
