@@ -395,7 +395,7 @@ def test_compiled_noise_has_the_same_bits(compiled):
     halves = noise.key_halves(keys_of(7))
     for count in (2, 16, 1003):
         counter = torch.arange(count, dtype=torch.int32)
-        assert torch.equal(choice.call(noise._uniform, halves, counter), noise._uniform(halves, counter))
+        assert torch.equal(choice.call(noise.uniform_of, halves, counter), noise.uniform_of(halves, counter))
 
 
 @pytest.mark.long
