@@ -181,6 +181,23 @@ def test_an_arm_that_climbs_later_is_laid_into_the_plane_and_measured(copied: Ru
     assert climbed() == [{"plain", "sq"}] * 2
 
 
+def test_an_arm_that_climbs_while_a_detection_is_cut_is_measured(copied: Run):
+    fast = replace(DETECTION, evaded=(), statistics=(MaxSoftmax(),))
+
+    class Cut(Listener):
+        def begin(self, task: str, total: int) -> None:
+            if task == "detect sq":
+                raise StopError
+
+    with pytest.raises(StopError):
+        experiment.detect_run(copied, fast, listener=Cut())
+    experiment.climb_run(copied, LADDER, arms=["plain"])
+    rows = experiment.detect_run(copied, fast)[1]
+    assert {row["arm"] for row in rows if row.get("threat") == "ladder tiny: worst"} == {"plain", "sq"}
+    (folder,) = copied.path.glob("detections/*")
+    assert not list(folder.glob("*/*.jsonl"))
+
+
 def test_points_agree_with_the_evaluation_that_made_the_images(
     laid: tuple[Plane, list[dict[str, Any]]], run: Run, config: Experiment
 ):

@@ -81,16 +81,18 @@ def detect_run(
                 test=test,
                 folder=folder / arm.name,
             )
-            if not (folder / arm.name / "curves.jsonl").exists():
+            part = folder / arm.name
+            if not (part / "curves.jsonl").exists() or read_jsonl(part / "ladders.jsonl") != climbed:
                 bench.measure(held_out, listener or Listener())
+                write_jsonl(part / "ladders.jsonl", climbed)
         arms = [folder / arm.name for arm in experiment.arms]
         write_jsonl(folder / "ladders.jsonl", climbed)
         for part in reversed(_PARTS):  # metrics last: they say that all is done
             rows = [row for arm in arms for row in read_jsonl(arm / f"{part}.jsonl")]
             write_jsonl(folder / f"{part}.jsonl", rows)
         for arm in arms:  # held by the whole now
-            for part in _PARTS:
-                (arm / f"{part}.jsonl").unlink()
+            for name in (*_PARTS, "ladders"):
+                (arm / f"{name}.jsonl").unlink(missing_ok=True)
     return detection, read_jsonl(folder / "metrics.jsonl")
 
 
