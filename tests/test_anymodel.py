@@ -149,6 +149,14 @@ def test_a_kept_climb_serves_its_own_model_images_and_ladder_alone(digits: tuple
         assert file.read_bytes() == before
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_climb(digits: tuple[Tensor, Tensor], tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    heard = Stop("nothing")
+    with pytest.raises(InputError, match=r"expected a file that can be written at .*climb, got: .+"):
+        evaluate(network(0), digits, kept=tmp_path / "file" / "climb", listener=heard)
+    assert heard.heard == []
+
+
 def test_progress_within_a_batch_is_told_in_passes(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ladder, "_PACE", 0.0)
     heard = Stop("nothing")

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +15,10 @@ from bitquorum.evaluate.climbs import mark_of, read_climb, write_climb
 from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder
 from bitquorum.evaluate.presets import ladder_named
 from bitquorum.evaluate.selfchecks import Verdict, run_checks
+from bitquorum.files import atomic_write
 from bitquorum.foreign import Finding, Wrapped, wrap
 from bitquorum.geometry import Norm
-from bitquorum.interface import Listener, Model
+from bitquorum.interface import InputError, Listener, Model
 
 _OWN: Final = "own gradient"
 _OUTCOMES: Final = {True: "passed", False: "FAILED", None: "not posed"}
@@ -95,7 +95,8 @@ def evaluate_model(
         listener: Hears of progress, such as `Printed()`.
 
     Raises:
-        InputError: for bad images or labels, or a model that cannot be judged; the message says why.
+        InputError: for bad images or labels, a model that cannot be judged, or a file that cannot be written; the
+            message says why.
         DataError: if the file is corrupt, or keeps the climb of another model, of other images or another ladder.
 
     Examples:
@@ -142,15 +143,7 @@ def evaluate_model(
     verdicts: list[Verdict] = []
     if chosen.check_images:
         listener.begin("self-checks", 0)
-        verdicts = run_checks(
-            wrapped,
-            examples,
-            chosen,
-            climb,
-            sources=held,
-            shown=shown,
-            listener=listener,
-        )
+        verdicts = run_checks(wrapped, examples, chosen, climb, sources=held, shown=shown, listener=listener)
         listener.end()
     return Report(climb=climb, verdicts=tuple(verdicts), findings=findings, tries=chosen.tries, seconds=seconds)
 
@@ -164,11 +157,13 @@ def _keeping(
     path = Path(kept)
     mark = mark_of([model for model in models if isinstance(model, nn.Module)], examples, ladder)
     before = read_climb(path, examples.images.device, mark=mark)[0] if path.exists() else None
-    return before, partial(_keep, path, examples, mark)
-
-
-def _keep(path: Path, examples: Examples, mark: str, climb: Climb) -> None:
-    write_climb(path, climb, examples, mark=mark)
+    if before is None:  # find out now, not when hours of work are to be kept
+        try:
+            atomic_write(path, b"")
+            path.unlink()
+        except OSError as error:
+            raise InputError(f"expected a file that can be written at {path}, got: {error.strerror}") from error
+    return before, lambda climb: write_climb(path, climb, examples, mark=mark)
 
 
 def _by_own_gradients(ladder: Ladder) -> list[Attack]:
