@@ -206,7 +206,10 @@ def test_environment_knows_the_revision(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["git"] is None
     assert found["program"] == {"revision": found["program"]["revision"], "dirty": False}
     assert found["program"]["revision"] != clean["revision"]
+    monkeypatch.chdir(tmp_path)
+    assert environment()["git"] == found["program"]
     monkeypatch.setenv("PATH", "")
+    assert environment()["git"] is None
     assert environment()["program"] is None
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, cast, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -281,13 +281,18 @@ class Ensemble(nn.Module):
         succeeded.
         """
         parts = logits.split(self.passes)
-        lost = torch.stack([part.isnan().any(-1).flatten(0, 1).any(0) for part in parts])
+        lost = torch.stack([unanswered(part) for part in parts])
         return torch.stack([self.aggregation(part).argmax(-1) for part in parts]).masked_fill(lost, -1)
 
     @staticmethod
     def _draws() -> int:
         ambient = rng.current()
         return len(ambient.seeds) if ambient else 1
+
+
+def unanswered(logits: Float[Tensor, "draw member batch classes"]) -> Bool[Tensor, "batch"]:
+    """Return for which images some logit is not a number."""
+    return logits.isnan().any(-1).flatten(0, 1).any(0)
 
 
 def classifier(member: nn.Module) -> nn.Module:

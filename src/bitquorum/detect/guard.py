@@ -14,7 +14,7 @@ from bitquorum.attacks.base import check_inputs
 from bitquorum.detect.calibration import held_out_scores, p_values, threshold_at
 from bitquorum.detect.reference import CleanReference
 from bitquorum.detect.statistics import InputStatistic, PredictionMI
-from bitquorum.ensemble import Ensemble
+from bitquorum.ensemble import Ensemble, unanswered
 from bitquorum.interface import InputError
 
 
@@ -147,7 +147,7 @@ class Guard(nn.Module):
             with rng.draw(rng.derive_many(seed, passes, "calibration", number), rows):
                 parts.append(ensemble(images[rows]))
         logits, chosen = torch.cat(parts, 2), statistic or PredictionMI()
-        if bool(logits.isnan().any()):
+        if bool(unanswered(logits).any()):
             raise InputError("expected logits that are numbers on clean images, got NaN; train the ensemble anew")
         missing = 1 - logits.softmax(-1).mean((0, 1)).gather(1, labels[:, None])[:, 0]
         return cls(
@@ -214,7 +214,7 @@ class Guard(nn.Module):
         with rng.draw(rng.derive_many(first, self.passes, "guard", *others), ambient.examples if ambient else None):
             logits = self.ensemble(images)
         probability = logits.softmax(-1).mean((0, 1))
-        lost = logits.isnan().any(-1).flatten(0, 1).any(0)
+        lost = unanswered(logits)
         views = logits.masked_fill(lost[:, None], 0.0)  # a statistic takes numbers alone
         score = self.statistic(views, CleanReference(joints=self.joints)).masked_fill(lost, math.inf)
         return Guarded(

@@ -126,8 +126,8 @@ def evaluate_model(
             held = {"relaxed copy": relaxed, **held}
     listener = listener or Listener()
     listener.begin(f"ladder {chosen.name}", 0)
-    started = time.monotonic()
     before, on_step = _keeping(kept, [wrapped, *held.values()], examples, chosen)
+    started = time.monotonic()
     climb = chosen(
         wrapped,
         examples,

@@ -81,10 +81,10 @@ def detect_run(
                 test=test,
                 folder=folder / arm.name,
             )
-            part = folder / arm.name
-            if not (part / "curves.jsonl").exists() or read_jsonl(part / "ladders.jsonl") != climbed:
+            known = read_jsonl(bench.folder / "ladders.jsonl")
+            if not (bench.folder / "curves.jsonl").exists() or known != climbed:
                 bench.measure(held_out, listener or Listener())
-                write_jsonl(part / "ladders.jsonl", climbed)
+                write_jsonl(bench.folder / "ladders.jsonl", climbed)
         arms = [folder / arm.name for arm in experiment.arms]
         write_jsonl(folder / "ladders.jsonl", climbed)
         for part in reversed(_PARTS):  # metrics last: they say that all is done

@@ -55,16 +55,12 @@ def relaxed_slope(
         >>> bool((slope > 0).all())
         True
     """
-    flat, codes, halves = _rows(z), _rows(layout.like_layout(code, z)), noise.key_halves(keys)
+    flat, codes, halves = layout.rows(z), layout.rows(layout.like_layout(code, z)), noise.key_halves(keys)
     found, counter = torch.empty_like(flat), noise.row_counter(z).view(torch.float32)
-    sizes = {"law": law, "narrow": 0.5 / scale > _LARGEST, "power": 1 / temperature}
+    constants = {"law": law, "narrow": 0.5 / scale > _LARGEST, "power": 1 / temperature}
     for rows in _blocks(flat):
-        found[rows] = _slope(codes[rows], flat[rows], halves[rows], counter, top, scale, sizes)
+        found[rows] = _slope(codes[rows], flat[rows], halves[rows], counter, top, scale, constants)
     return layout.unflatten(found, z, 1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return layout.flatten(x, 1) if x.dim() > 1 else x[:, None]
 
 
 def _blocks(flat: Tensor) -> list[slice]:
@@ -80,8 +76,8 @@ def _slope(
 ) -> Tensor:
     fused = choice.applies(z) and min(z.shape) > 1
 
-    def run(kernel: Callable[..., Any], *tensors: Tensor, **constants: Any) -> Any:
-        return choice.compute(kernel, *tensors, **constants) if fused else kernel(*tensors, **constants)
+    def run(kernel: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
+        return choice.compute(kernel, *tensors, **options) if fused else kernel(*tensors, **options)
 
     def numbers(k: int) -> Tensor:
         return noise.numbers((float(top), float(k), scale), z.device).to(z.dtype)

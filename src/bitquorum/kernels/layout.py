@@ -19,6 +19,11 @@ def flatten(x: Tensor, first: int = 0) -> Tensor:
     return x.permute(*range(first), *memory_order(x, first)).flatten(first)
 
 
+def rows(x: Tensor) -> Tensor:
+    """Return a row for each entry of the first dimension, in memory order: a view of a dense tensor, else a copy."""
+    return flatten(x, 1) if x.dim() > 1 else x[:, None]
+
+
 def unflatten(flat: Tensor, like: Tensor, first: int = 0) -> Tensor:
     """Return a view of `flat` with the shape and the memory order of the tensor it was flattened from."""
     order = memory_order(like, first)

@@ -92,7 +92,7 @@ def draw(
         tensor([[0., 1.],
                 [1., 3.]])
     """
-    flat = layout.flatten(z, 1) if z.dim() > 1 else z[:, None]
+    flat = layout.rows(z)
     counter, halves = row_counter(z), key_halves(keys)
     terms = edge_terms(law, scale)
     if choice.applies(z):

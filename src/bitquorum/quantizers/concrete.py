@@ -30,16 +30,11 @@ from bitquorum.quantizers.mean import SMOOTH
 _BLOCK = 1 << 18  # numbers of a block, over all codes
 
 
-def thresholds(z: Float[Tensor, "*shape"], top: int) -> Float[Tensor, "top"]:
-    """Return where one code ends and the next begins, of the type and on the device of `z`."""
-    return torch.arange(top, device=z.device, dtype=z.dtype) + 0.5
-
-
 def probabilities(
     z: Float[Tensor, "*shape"], top: int, law: Law, scale: Tensor | float
 ) -> Float[Tensor, "*shape codes"]:
     """Return the probability of each code, exact to rounding far from `z` too."""
-    ahead = thresholds(z, top) - z[..., None]
+    ahead = torch.arange(top, device=z.device, dtype=z.dtype) + 0.5 - z[..., None]  # of the thresholds
     below, above = law.cdf(ahead, scale), law.cdf(-ahead, scale)  # P(code <= k) and P(code > k), by symmetry
     inner = torch.where(ahead[..., 1:] < 0, below[..., 1:] - below[..., :-1], above[..., :-1] - above[..., 1:])
     return torch.cat([below[..., :1], inner, above[..., -1:]], -1)
