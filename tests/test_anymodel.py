@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitquorum.attacks import PGD, Square, Transfer
 from bitquorum.data import load
-from bitquorum.ensemble import Ensemble
+from bitquorum.ensemble import Ensemble, MajorityVote
 from bitquorum.evaluate import Ladder, Report, evaluate_model, ladder
 from bitquorum.evaluate.selfchecks import CHECKS
 from bitquorum.foreign import wrap
@@ -149,6 +149,15 @@ def test_a_kept_climb_serves_its_own_model_images_and_ladder_alone(digits: tuple
         assert file.read_bytes() == before
 
 
+def test_a_kept_climb_serves_its_own_settings_alone(digits: tuple[Tensor, Tensor], tmp_path: Path):
+    file, short = tmp_path / "climb.safetensors", replace(LADDER, rungs=())
+    evaluate(Ensemble([network(0)]).eval(), digits, ladder=short, kept=file)
+    for options in ({"passes": 2}, {"aggregation": MajorityVote()}, {"mirrored": True}, {"shift": 1}):
+        with pytest.raises(DataError, match="got that of another; choose another"):
+            evaluate(Ensemble([network(0)], **options).eval(), digits, ladder=short, kept=file)
+    evaluate(Ensemble([network(0)]).eval(), digits, ladder=short, kept=file)
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_climb(digits: tuple[Tensor, Tensor], tmp_path: Path):
     (tmp_path / "file").write_text("")
     heard = Stop("nothing")
@@ -206,7 +215,9 @@ def test_what_is_no_number_is_no_right_answer(digits: tuple[Tensor, Tensor]):
     [
         (lambda images, labels: (2 * images, labels), r"images in \[0, 1\]"),
         (lambda images, labels: (images * float("nan"), labels), "finite"),
-        (lambda images, labels: (images, labels + 5), "labels below the model's 10 classes"),
+        (lambda images, labels: (images, labels + 5), "labels from 0 to 9, the model's classes"),
+        (lambda images, labels: (images, labels - 1), "labels from 0 to 9, the model's classes"),
+        (lambda images, labels: (images[:0], labels[:0]), "at least one image, got none"),
     ],
 )
 def test_bad_inputs_are_one_clear_error(change, message: str, digits: tuple[Tensor, Tensor]):

@@ -92,6 +92,33 @@ def test_counts_its_passes_and_restarts_never_lower_the_loss():
     assert torch.all(losses[1] >= losses[0] - 1e-5)
 
 
+@pytest.mark.parametrize("place", ["start", "later"])
+def test_a_loss_that_is_no_number_does_not_stop_the_search(place: str):
+    model = linear_model(classes=4)
+    images, labels = torch.rand(10, 12), torch.randint(4, (10,))
+    calls = 0
+
+    def criterion(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = logits[0, 0, :, 0]
+        return loss * torch.nan if calls == (1 if place == "start" else 4) else loss
+
+    found = APGD(steps=20)(model, images, labels, epsilon=0.1, criterion=criterion).images
+    gain = model(found)[0, 0, :, 0] - model(images)[0, 0, :, 0]
+    room = torch.where(model.members[0].weight[0] > 0, 1 - images, images).clamp(max=0.1)
+    assert torch.allclose(gain, (room * model.members[0].weight[0].abs()).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("attack", [APGD(steps=20, loss="dlr"), APGDTargeted(steps=20), PGD(steps=20, loss="dlr")])
+def test_two_classes_have_a_ratio_that_can_be_climbed(attack):
+    model = linear_model()
+    images, labels = torch.rand(20, 12), torch.randint(2, (20,))
+    weight = model.members[0].weight.detach()
+    optimum = (images + 0.1 * (weight[1 - labels] - weight[labels]).sign()).clamp(0, 1)
+    assert torch.allclose(attack(model, images, labels, epsilon=0.1).images, optimum, atol=1e-6)
+
+
 def test_holds_the_contract_of_attacks_on_a_random_network():
     check_attack(APGD(steps=5, eot=2))
 

@@ -206,6 +206,8 @@ def test_a_killed_entry_resumes_to_the_same_row(tmp_path, monkeypatch):
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (0, 1000)}, "none of them that of the sources"),
         ({"calibration": 99}, "at least 100 held-out images"),
+        ({"sources": (FloatEnsemble(), FloatEnsemble())}, "sources of different titles"),
+        ({"sources": (FloatEnsemble(name="float"),)}, "expected sources of other names than nearest, mean, float"),
         ({"ladder": "standart"}, "did you mean 'standard'"),
     ],
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from bitquorum import capture
 from bitquorum.benchmark.timing import Sizes, recorded
@@ -56,6 +57,20 @@ def test_only_steps_that_are_the_same_kernels_are_recorded():
     assert not fits_capture(switched, Objective(terms=(MemberCrossEntropy(),)), cuda), "so is the choice of a network"
     assert not fits_capture(ensemble(), Objective(terms=(*TERMS, FeatureMI())), cuda)
     assert not fits_capture(ensemble(), Objective(terms=(InputGradient(share=0.5),)), cuda)
+
+
+class Own(nn.Module):
+    """Draw in a way that nobody knows."""
+
+    stochastic = True
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.Dropout2d(0.5), Own()])
+def test_chance_that_a_record_would_repeat_is_not_recorded(module: nn.Module):
+    model, objective = ensemble(), Objective(terms=TERMS)
+    assert fits_capture(model, objective, torch.device("cuda"))
+    model.members[0].add_module("more", module)
+    assert not fits_capture(model, objective, torch.device("cuda"))
 
 
 def test_weights_that_are_tensors_give_the_same_loss_and_gradients():

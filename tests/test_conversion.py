@@ -225,6 +225,26 @@ def test_a_weight_that_a_hook_makes_is_refused(change):
         assert isinstance(convert(network, Policy())[2], QuantLayer)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_hooks_that_nothing_would_call_are_refused(place):
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    handle = network[place].register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match=f"^{place}: expected no hooks on a module that the conversion replaces"):
+        convert(network, Policy())
+    handle.remove()
+    network.register_forward_hook(lambda *_: None)  # of what stays
+    assert isinstance(convert(network, Policy())[0], QuantLayer)
+
+
+@pytest.mark.parametrize("bits", [0, 9, True])
+def test_bits_that_no_quantizer_has_are_refused_at_once(bits):
+    for name in ("weight_bits", "activation_bits", "image_bits"):
+        with pytest.raises(InputError, match=r"integer in \[1, 8\]"):
+            Policy(**{name: bits})
+    with pytest.raises(InputError, match=r"integer in \[1, 8\]"):
+        Override(pattern="first", weight_bits=bits)
+
+
 def test_scripts_and_lazy_weights_are_refused():
     with pytest.raises(InputError, match="expected weights of a known shape, got lazy ones; call the network"):
         convert(nn.Sequential(nn.LazyLinear(3), nn.ReLU()), Policy())

@@ -187,8 +187,21 @@ def test_bad_ensembles_are_refused():
         Ensemble([])
     with pytest.raises(InputError, match="at least one pass"):
         Ensemble([nn.Linear(2, 2)], passes=0)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(InputError, match="one network for each policy, got 1 networks and 2 policies"):
         Ensemble.build([network()], [None, None])
+    for place in (2, -3):
+        with pytest.raises(InputError, match=f"the place of one of 2 members, got {place}"):
+            EmpirVote(full_precision=place)(torch.zeros(1, 2, 1, 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_without_probabilities_are_no_answer(value):
+    logits = torch.zeros(2, 1, 3, 3)
+    logits[0, 0, 1, :2] = value
+    logits[1, 0, 2] = -math.inf
+    logits[1, 0, 0, 0] = -math.inf  # one class that cannot be: an answer
+    model = Ensemble([nn.Identity()])
+    assert model.predict(logits).tolist() == [[0, 2 if value < 0 else -1, 0], [1, 0, -1]]
 
 
 # Shared weights

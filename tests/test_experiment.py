@@ -246,6 +246,32 @@ def test_finished_cells_are_not_attacked_again(copied: Run, finished: Run, monke
     assert contents(copied) == contents(finished)
 
 
+def test_cells_of_other_weights_are_refused(copied: Run):
+    weights = copied.path / "arms" / "sq" / "weights.safetensors"
+    tensors, facts = load_tensors(weights)
+    save_tensors(weights, {name: value + value.is_floating_point() for name, value in tensors.items()}, facts)
+    for rows in copied.path.glob("evaluations/*/metrics.jsonl"):
+        rows.unlink()
+    with pytest.raises(DataError, match="expected the outcome of an attack on these weights and images"):
+        run(TINY, copied.path.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"members": [{"overrides": [{"pattern": "nosuch"}]}]}, "no match for 'nosuch'"),
+        ({"trainer": {**TABLE["trainer"], "batch_size": 61}}, "at least one batch of 61 images, got 60"),
+        ({"aggregation": {"type": "empir-vote", "full_precision": 1}}, "the place of one of 1 members, got 1"),
+        ({"start": "sq", "members": [{"learned": False}]}, "expected weights of arm 'sq' that fit"),
+    ],
+)
+def test_no_arm_is_trained_before_all_could_be(change: dict[str, Any], message: str, tmp_path: Path):
+    first = {"name": "sq", "network": {"type": "digitsnet", "width": 4}, "members": [{}]}
+    broken = parse({**TABLE, "arms": [first, {**first, "name": "broken", **change}]})
+    with pytest.raises(InputError, match=message):
+        train(broken, tmp_path, listener=Stopper("train sq", 2))
+
+
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -158,9 +158,9 @@ def test_interrupted_work_resumes_to_the_same_end(
     count = 0
     write = module.write_climb
 
-    def stop(path: Path, climb: Climb, *more: Any) -> None:
+    def stop(path: Path, climb: Climb, *more: Any, **facts: Any) -> None:
         nonlocal count
-        write(path, climb, *more)
+        write(path, climb, *more, **facts)
         count += 1
         if count == at:
             raise StopError
@@ -191,6 +191,26 @@ def test_a_climb_of_an_earlier_version_goes_on(climbed: Run, tmp_path: Path):
     climb, _ = read_climb(tmp_path / "climb.safetensors")
     assert bool((climb.second == -1).all()), "every version is looked at anew"
     assert torch.equal(climb.rate, read_climb(path)[0].rate)
+
+
+def test_a_climb_of_other_weights_is_refused(climbed: Run, copied: Run):
+    weights = copied.path / "arms" / "sq" / "weights.safetensors"
+    tensors, facts = load_tensors(weights)
+    name = next(name for name, value in tensors.items() if value.dim() == 4)
+    save_tensors(weights, tensors | {name: 1.01 * tensors[name]}, facts)
+    path = next(copied.path.glob("ladders/*/sq/climb@*.safetensors"))
+    (path.parent / "verdicts.jsonl").unlink()
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"expected the climb of this model .* got that of another"):
+        climb_run(copied, LADDER)
+    assert path.read_bytes() == before
+
+
+def test_an_arm_named_like_a_copy_without_noise_is_a_source_all_the_same(tmp_path: Path):
+    table = {**TABLE, "arms": [{**arm, "name": name} for arm, name in zip(TABLE["arms"], ("float", "sq"), strict=True)]}
+    stored = train(parse(table), tmp_path)
+    rows = climb_run(stored, replace(LADDER, rungs=LADDER.rungs[:3], check_images=0), arms=["sq"])
+    assert "from arm float: FGSM" in [row["attack"] for row in rows]
 
 
 def test_a_climb_on_other_images_is_refused(climbed: Run, copied: Run):

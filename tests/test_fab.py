@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bitquorum import rng
-from bitquorum.attacks import FAB
+from bitquorum.attacks import FAB, PGD
 from bitquorum.attacks.base import Problem, targeted_loss
 from bitquorum.attacks.fab import to_hyperplane
 from bitquorum.ensemble import Ensemble
@@ -71,6 +71,34 @@ def test_finds_the_distance_to_the_boundary_of_a_linear_model(norm):
     length = norm_of(found - images, norm)
     assert bool((length >= distance - 1e-5).all())
     assert bool((length <= 1.06 * distance + 1e-4).all())
+
+
+class Noisy(nn.Module):
+    """Add noise to the margin of a linear model of two classes."""
+
+    stochastic = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        with rng.torch_seed(5):
+            self.linear = nn.Linear(10, 2)
+
+    def forward(self, x):
+        logits = self.linear(x)
+        return logits + 0.5 * (rng.uniform_like(logits.repeat_interleave(1, 0), "noise") - 0.5)
+
+
+def test_under_noise_the_budget_is_not_spent_on_luck():
+    model = Ensemble([Noisy()]).eval().requires_grad_(False)
+    images = torch.rand(200, 10, generator=torch.Generator().manual_seed(3))
+    labels = model.members[0].linear(images).argmax(-1)
+    left = []
+    for attack in (FAB(steps=10, eot=2), FAB(steps=40, eot=2), PGD(steps=10, eot=2, loss="margin")):
+        found = attack(model, images, labels, epsilon=0.1).images
+        with rng.draw(range(1000, 1100), torch.arange(200)):
+            left.append(float((model.predict(model(found)) == labels).float().mean()))
+    assert left[0] < left[2] + 0.03
+    assert left[1] < left[0]
 
 
 def test_breaks_a_linear_model_exactly_where_it_can_be_broken():

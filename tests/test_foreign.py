@@ -116,7 +116,7 @@ def test_a_choice_among_few_networks_is_noise(count: int):
         (lambda net, x: net(x)[:, :1], r"of shape \(16, 1\)"),
         (lambda net, x: "three", "expected a tensor of logits, or an output with `.logits`, got str"),
         (lambda net, x: net(x[:, :, :2]), "expected a model that takes float images of shape"),
-        (lambda net, x: net(x)[:, :2], "expected labels below the model's 2 classes, got 2"),
+        (lambda net, x: net(x)[:, :2], "expected labels from 0 to 1, the model's classes, got 0 to 2"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_with_a_reason(function: Callable[[nn.Module, Tensor], object], message: str):

@@ -54,6 +54,26 @@ def logged(layer: nn.Module, x: Tensor) -> Tensor:
     return scores
 
 
+def stable_softmax(layer: nn.Module, x: Tensor) -> Tensor:
+    scores = layer(x).masked_fill(torch.tensor([False, True, False, False]), -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def test_what_is_infinite_keeps_its_value():
+    torch.manual_seed(0)
+    layer, x = Layer(lambda inner, y: stable_softmax(inner, (3 * y).round() / 3)), torch.rand(5, 6)
+    leaf = x.clone().requires_grad_()
+    with relaxed(layer):
+        scores = layer(leaf)
+        holes = torch.where(torch.arange(6) == 2, torch.nan, leaf).nanmedian(-1).values
+    assert torch.equal(scores, layer(x))
+    assert torch.equal(holes, x[:, [0, 1, 3, 4, 5]].median(-1).values)
+    (gradient,) = torch.autograd.grad(scores[:, 0].sum() + holes.sum(), leaf)
+    assert bool(gradient.isfinite().all())
+    assert bool((gradient[:, [0, 1, 3, 4, 5]] != 0).all())
+
+
 HIDDEN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "round": lambda layer, x: layer((x * 3).round() / 3),
     "torch.floor": lambda layer, x: layer(torch.floor(x * 3) / 3),

@@ -18,7 +18,9 @@ def run(test: SequentialTest, table: Tensor, block: int = 8):
     return test(lambda chosen, first, count: table[first : first + count, chosen], table.shape[1], block=block)
 
 
-@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 1, 1), (0.03, 0.7, 1), (0.15, 0, 0.0102), (0.6, 0, 0)])
+@pytest.mark.parametrize(
+    ("probability", "low", "high"), [(0.0, 1, 1), (0.03, 0.735, 0.76), (0.15, 0, 0.0102), (0.6, 0, 0)]
+)
 def test_errors_keep_walds_bound(probability: float, low: float, high: float):
     images = 20_000
     broken = float(run(SequentialTest(), outcomes(probability, 64, images)).broken.float().mean())

@@ -154,6 +154,7 @@ def stepping(fault):
             gradient = gradient - gradient.mean(0)
         if fault == "generator":
             gradient = torch.randn_like(gradient)
+        gradient = -gradient if fault == "sign" else gradient
         found = images + (2 if fault == "radius" else 1) * epsilon * gradient.sign()
         found = found if fault == "box" else found.clamp(0, 1)
         if fault == "in place":
@@ -170,6 +171,7 @@ def stepping(fault):
     [
         ("draw", "inside `rng.draw"),
         ("criterion", "caller's criterion"),
+        ("sign", "raises the caller's criterion"),
         ("parameters", "no gradient left"),
         ("batch", "do not depend on the batch"),
         ("generator", "torch's generator"),
@@ -182,6 +184,9 @@ def stepping(fault):
 )
 def test_broken_attacks_are_found(monkeypatch, fault, message):
     monkeypatch.setattr(FGSM, "_run", stepping(""))
+    with pytest.raises(ContractError, match=r"at most 0\.1 in l2"):
+        check_attack(FGSM())
+    monkeypatch.setattr(FGSM, "norms", ("linf",))
     check_attack(FGSM())
     monkeypatch.setattr(FGSM, "_run", stepping(fault))
     with pytest.raises(ContractError, match=message):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -238,6 +239,46 @@ def test_dropout_is_resumed_to_the_same_bits_and_leaves_the_generator_alone(tmp_
     trainer(ensemble, toy(), OBJECTIVE, checkpoint=tmp_path / "checkpoint")
     assert identical(ensemble.state_dict(), whole)
     assert not identical(trainer(network(), toy(), OBJECTIVE, seed=1).state_dict(), whole)
+
+
+def test_a_checkpoint_of_other_settings_images_or_objective_is_refused(tmp_path: Path):
+    path = tmp_path / "checkpoint"
+    TRAINER(members(), toy(), OBJECTIVE, checkpoint=path, seed=np.int64(1))
+    before = path.read_bytes()
+    other = Objective(terms=(MemberCrossEntropy(),))
+    for trainer, data, objective in (
+        (replace(TRAINER, lr=0.01), toy(), OBJECTIVE),
+        (TRAINER, replace(toy(), labels=toy().labels.flip(0)), OBJECTIVE),
+        (TRAINER, toy(), other),
+    ):
+        with pytest.raises(InputError, match=r"expected a checkpoint of this training, got one with other settings"):
+            trainer(members(), data, objective, checkpoint=path, seed=1)
+        assert path.read_bytes() == before
+    told = replace(TRAINER, log_every=1, checkpoint_seconds=5.0)  # what changes no result may change
+    assert identical(told(members(), toy(), OBJECTIVE, checkpoint=path, seed=1).state_dict(), load(path))
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Return the averaged weights of a checkpoint."""
+    tensors, _ = load_tensors(path)
+    return {name.removeprefix("average."): value for name, value in tensors.items() if name.startswith("average.")}
+
+
+@pytest.mark.parametrize("order", ["mixed", "by class"])
+def test_calibration_sees_every_class(order: str, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Tensor] = []
+    monkeypatch.setattr("bitquorum.train.calibrate", lambda _, images: seen.append(images))
+    data = toy()
+    chosen = data if order == "mixed" else data.select(data.labels.argsort(stable=True))
+    replace(TRAINER, epochs=0, calibration=6)(members(), chosen, OBJECTIVE)
+    shown = {int(data.labels[row]) for image in seen[0] for row in range(64) if torch.equal(image, float_of(data)[row])}
+    assert shown == {0, 1, 2}
+    assert order == "by class" or torch.equal(seen[0], float_of(data)[:6])
+
+
+def float_of(data: ImageSet) -> Tensor:
+    """Return all images as networks see them."""
+    return data.batch(torch.arange(len(data))).images
 
 
 def test_a_report_across_an_interruption_counts_every_step(

@@ -10,7 +10,7 @@ from bitquorum.attacks.base import Problem
 from bitquorum.attacks.transfer import TwinModel, source_of, true_probability
 from bitquorum.conversion import Policy, quantizers
 from bitquorum.ensemble import Ensemble
-from bitquorum.evaluate import Ladder
+from bitquorum.evaluate import Examples, Ladder
 from bitquorum.interface import Cost, InputError
 from bitquorum.quantizers import Quantizer, Surrogate
 from bitquorum.quantizers.twin import twin
@@ -109,9 +109,23 @@ def test_a_source_that_nobody_holds_is_named():
 
 def test_a_star_stands_for_every_source():
     ladder = Ladder(name="t", claim=PGD(steps=2), rungs=(Transfer(source="*", attack=FGSM()),))
-    labels = [rung.label for rung in ladder.rungs_for(plain(1), ["one", "two"])]
+    labels = [rung.label for rung in ladder.rungs_for(plain(1), {"one": plain(2), "two": plain(3)})]
     assert labels == ["PGD-2", "from one: FGSM", "from two: FGSM"]
     assert [rung.label for rung in ladder.rungs_for(plain(1))] == ["PGD-2"]
+
+
+def test_what_is_done_to_a_source_is_fitted_to_the_source():
+    attack = PGD(steps=2, eot=3, pooling="mean-logits")
+    ladder = Ladder(name="t", claim=PGD(steps=2), rungs=(Transfer(source="*", attack=attack), Transfer(attack=attack)))
+    (_, noisy, quiet) = ladder.rungs_for(plain(1), {"noisy": quantized(), "quiet": plain(2)})
+    assert noisy == Transfer(source="noisy", attack=attack)
+    assert quiet == Transfer(source="quiet", attack=PGD(steps=2, selection=1))
+
+
+def test_a_source_with_the_name_of_a_copy_is_refused():
+    examples = Examples(images=IMAGES, labels=LABELS, index=torch.arange(10))
+    with pytest.raises(InputError, match="expected sources of other names than nearest, mean, float"):
+        Ladder(name="t", claim=PGD(steps=2), rungs=())(plain(1), examples, epsilon=0.1, sources={"float": plain(2)})
 
 
 def test_diva_fools_one_model_and_leaves_the_other_right():

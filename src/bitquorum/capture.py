@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitquorum.ensemble import Ensemble
-from bitquorum.layers import QuantLayer
+from bitquorum.layers import Noise, QuantLayer
 from bitquorum.objective import Objective
 from bitquorum.quantizers import Quantizer, SmoothLaw
 from bitquorum.randomized import RandomSwitch
@@ -27,13 +27,15 @@ def fits_capture(ensemble: Ensemble, objective: Objective, device: torch.device)
     """Return whether a step is the same kernels each time: on CUDA, with terms that say so, and nothing else by chance.
 
     Noise of weights, and the choice of one network among several, are keyed by the seed alone, which a record holds
-    fixed. How many thresholds are summed under a learned noise scale is read from its value.
+    fixed. How many thresholds are summed under a learned noise scale is read from its value. Dropout draws by torch's
+    own generator, and a module of one's own that is `stochastic` may draw as it likes.
     """
     varies = any(
-        isinstance(module, RandomSwitch)
+        isinstance(module, RandomSwitch | nn.modules.dropout._DropoutNd)
+        or (getattr(module, "stochastic", False) and not isinstance(module, QuantLayer | Quantizer | Noise))
         or (isinstance(module, QuantLayer) and module.quantizer.stochastic)
         or (isinstance(module, Quantizer) and isinstance(module.law, SmoothLaw) and module.law.learned)
-        for module in ensemble.modules()
+        for module in ensemble.members.modules()
     )
     return device.type == "cuda" and not varies and all(term.capturable for term in objective.terms)
 

@@ -35,6 +35,12 @@ class Conversion(Method, ABC):
         """Return a converted copy of `network`."""
 
 
+def _check_bits(*bits: int | None) -> None:
+    for count in bits:
+        if count is not None:
+            Quantizer(count)  # refuses bits that it does not have
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Override(Method):
@@ -49,6 +55,9 @@ class Override(Method):
     pattern: str
     weight_bits: int | None = None
     activation_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bits(self.weight_bits, self.activation_bits)
 
 
 @final
@@ -82,6 +91,7 @@ class Policy(Conversion):
     def __post_init__(self) -> None:
         if self.learned not in (True, False, "weights"):
             raise InputError(f"expected learned among true, false and 'weights', got {self.learned!r}")
+        _check_bits(self.weight_bits, self.activation_bits, self.image_bits)
 
     def __call__(self, network: nn.Module) -> nn.Module:
         """Return a quantized copy of `network`, as `convert(network, self)` does; a plain copy for a float policy."""
@@ -221,8 +231,8 @@ def rebuild(
         image: Quantizer of the image, if any.
 
     Raises:
-        InputError: if the network is quantized or noisy already, is TorchScript, has lazy weights, or a hook makes the
-            weight of one of its layers.
+        InputError: if the network is quantized or noisy already, is TorchScript, has lazy weights, a hook makes the
+            weight of one of its layers, or what is replaced has hooks.
 
     Warns:
         NoEffectWarning: if nothing was replaced and the image is left alone, or if a layer's weights are all zero:
@@ -235,6 +245,7 @@ def rebuild(
         new = replaced.get(id(module)) or replace(name, module)
         if new is None:
             continue
+        _check_unhooked(name, module)
         replaced[id(module)] = new.train(module.training)
         if not name:
             network = new
@@ -285,6 +296,14 @@ def _check_float(network: nn.Module) -> None:
                 "makes, which a quantizer would pass by; remove the hook first, as `torch.nn.utils.prune.remove` and "
                 "`remove_spectral_norm` do"
             )
+
+
+def _check_unhooked(name: str, module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise InputError(
+            f"{name or 'the network'}: expected no hooks on a module that the conversion replaces, since nothing would "
+            "call them; remove them, and register them on what it returns"
+        )
 
 
 def restore(network: nn.Module) -> nn.Module:

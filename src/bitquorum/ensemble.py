@@ -81,7 +81,16 @@ class EmpirVote(Aggregation):
     differentiable: ClassVar[bool] = False
 
     def __call__(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch classes"]:
-        """Return the votes, or under a tie the full-precision member's probabilities."""
+        """Return the votes, or under a tie the full-precision member's probabilities.
+
+        Raises:
+            InputError: if there is no member at that position.
+        """
+        members = logits.shape[1]
+        if not -members <= self.full_precision < members:
+            raise InputError(
+                f"expected full_precision to be the place of one of {members} members, got {self.full_precision}"
+            )
         count = votes(logits)
         tied = (count == count.amax(-1, keepdim=True)).sum(-1, keepdim=True) > 1
         return torch.where(tied, logits[:, self.full_precision].softmax(-1).mean(0), count)
@@ -197,7 +206,14 @@ class Ensemble(nn.Module):
             passes: Number of draws that one prediction averages over.
             mirrored: Whether members also see the image mirrored left to right.
             shift: Pixels by which members also see each of these moved, or 0.
+
+        Raises:
+            InputError: if there are not as many policies as networks.
         """
+        if len(networks) != len(policies):
+            raise InputError(
+                f"expected one network for each policy, got {len(networks)} networks and {len(policies)} policies"
+            )
         members = [
             copy.deepcopy(network) if policy is None else policy(network)
             for network, policy in zip(networks, policies, strict=True)
@@ -210,6 +226,10 @@ class Ensemble(nn.Module):
         """Return the logits of every member under every ambient draw, one look after the other."""
         looks = self.looks(images)
         return torch.stack([answer for look in looks for answer in self.each([look] * len(self.members))], 1)
+
+    def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
+        return f"aggregation={self.aggregation}, passes={self.passes}, mirrored={self.mirrored}, shift={self.shift}"
 
     def looks(self, images: Float[Tensor, "batch *image"]) -> tuple[Float[Tensor, "batch *image"], ...]:
         """Return the images as every member sees them: in training as they are, else mirrored and shifted too.
@@ -277,8 +297,8 @@ class Ensemble(nn.Module):
     def predict(self, logits: Float[Tensor, "draw member batch classes"]) -> Int[Tensor, "prediction batch"]:
         """Return the predicted classes; each prediction consumes `passes` draws.
 
-        Where a logit behind a prediction is not a number, it is -1, which is no class: an attack that leads there has
-        succeeded.
+        Where logits behind a prediction give no probabilities, it is -1, which is no class: an attack that leads there
+        has succeeded.
         """
         parts = logits.split(self.passes)
         lost = torch.stack([unanswered(part) for part in parts])
@@ -291,8 +311,8 @@ class Ensemble(nn.Module):
 
 
 def unanswered(logits: Float[Tensor, "draw member batch classes"]) -> Bool[Tensor, "batch"]:
-    """Return for which images some logit is not a number."""
-    return logits.isnan().any(-1).flatten(0, 1).any(0)
+    """Return for which images some logits give no probabilities: the largest is NaN or infinite."""
+    return ~logits.amax(-1).isfinite().flatten(0, 1).all(0)
 
 
 def classifier(member: nn.Module) -> nn.Module:

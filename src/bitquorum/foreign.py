@@ -289,8 +289,11 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         )
     if not bool(torch.isfinite(output).all()):
         raise InputError("expected finite outputs, got NaN or infinity; check the model's weights and normalization")
-    if labels is not None and len(labels) and int(labels.max()) >= output.shape[1]:
-        raise InputError(f"expected labels below the model's {output.shape[1]} classes, got {int(labels.max())}")
+    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
+        raise InputError(
+            f"expected labels from 0 to {output.shape[1] - 1}, the model's classes, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
     return output
 
 

@@ -251,8 +251,8 @@ def _plain(value: Any) -> Any:
 
 
 def _with_gradient_of(value: Tensor, smooth: Tensor) -> Tensor:
-    """Return the value bit for bit, with the derivative of another one."""
-    return value.detach() + (smooth - smooth.detach())
+    """Return the value bit for bit, with the derivative of another one where that is finite."""
+    return value.detach() + (smooth - smooth.detach()).nan_to_num(0.0)
 
 
 def _mark(index: Tensor, scores: Tensor, dim: int) -> Tensor:
@@ -278,6 +278,6 @@ def _of_middle(name: str, result: Any, x: Tensor, args: tuple[Any, ...], kwargs:
     dim = args[place] if len(args) > place else kwargs.get("dim", -1 if name == "kthvalue" else None)
     keep = args[place + 1] if len(args) > place + 1 else kwargs.get("keepdim", False)
     if isinstance(result, Tensor):
-        return _with_gradient_of(result, x.mean())
-    values = _with_gradient_of(result.values, x.mean(dim, keepdim=keep))
+        return _with_gradient_of(result, x.nanmean())
+    values = _with_gradient_of(result.values, x.nanmean(dim, keepdim=keep))
     return type(result)((values, result.indices))

@@ -20,11 +20,13 @@ find the seed, which the threat model forbids by decree, not by strength.
 """
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import SupportsIndex, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -48,7 +50,9 @@ _CURRENT: ContextVar[Draw | None] = ContextVar("bitquorum_draw", default=None)
 
 
 @contextmanager
-def draw(seeds: int | Sequence[int], examples: Int[Tensor, "batch"] | None = None) -> Iterator[Draw]:
+def draw(
+    seeds: SupportsIndex | Sequence[SupportsIndex], examples: Int[Tensor, "batch"] | None = None
+) -> Iterator[Draw]:
     """Make every stochastic module inside the block a deterministic function of `seeds` and `examples`.
 
     Args:
@@ -62,7 +66,10 @@ def draw(seeds: int | Sequence[int], examples: Int[Tensor, "batch"] | None = Non
         ...     bool((uniform_like(x, "a") == uniform_like(x, "a")).all())
         True
     """
-    chosen = (seeds,) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    try:
+        chosen = (operator.index(cast(SupportsIndex, seeds)),)
+    except TypeError:
+        chosen = tuple(operator.index(seed) for seed in cast(Sequence[SupportsIndex], seeds))
     if not chosen:
         raise InputError("expected at least one seed for a draw, got none")
     token = _CURRENT.set(Draw(seeds=chosen, examples=examples))
@@ -96,6 +103,8 @@ def derive_many(seed: int, count: int, *path: int | str) -> list[int]:
 def uniform_like(x: Float[Tensor, "rows *rest"], address: str) -> Float[Tensor, "rows *rest"]:
     """Return noise in (0, 1) for a batch of activations; rows are (seed, example) pairs, seed by seed.
 
+    In half precision the largest numbers round to 1.
+
     Args:
         x: A tensor whose first dimension runs over the examples (T copies of them under T seeds).
         address: Name of the module that draws.
@@ -126,7 +135,7 @@ def row_keys(x: Float[Tensor, "rows *rest"], address: str) -> Int[Tensor, "rows"
 
 
 def uniform_per_draw(x: Float[Tensor, "*shape"], address: str) -> Float[Tensor, "draw *shape"]:
-    """Return noise in (0, 1) for a parameter: one independent tensor like `x` for each ambient seed."""
+    """Return noise in (0, 1) as `uniform_like` does, for a parameter: a tensor like `x` for each ambient seed."""
     ambient = current() or Draw(seeds=(fresh_seed(),))
     keys = torch.tensor([_signed(derive(seed, "parameter", address)) for seed in ambient.seeds], device=x.device)
     return kernels.uniform(kernels.mix64(keys), x.numel()).view(len(keys), *x.shape).to(x.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitquorum import registry, rng
 from bitquorum.attacks import Attack, AttackResult, Criterion
+from bitquorum.geometry import Norm, norm_of
 from bitquorum.information import Bound, Estimate, Estimator
 from bitquorum.interface import BitquorumError, Cost, InputError, Method
 from bitquorum.quantizers import Backward, Quantizer, Surrogate
@@ -77,8 +78,8 @@ def check_attack(
     shape and type of the images, is finite, in [0, 1] and within `epsilon` (to rounding); equal calls give equal
     results, and so do the two halves of the batch, and several versions of an image in one pass (`at_once`); images,
     model and torch's generator are left as they were. Its cost is the largest number of passes that one image took. It
-    calls the model inside a draw that names the examples, climbs the caller's criterion, costs nothing at a radius of
-    zero, and refuses bad images and labels.
+    calls the model inside a draw that names the examples, raises the caller's criterion over the batch, costs nothing
+    at a radius of zero, and refuses bad images and labels. In each of its norms it stays within `epsilon`.
 
     Args:
         attack: The attack.
@@ -337,7 +338,7 @@ def _check_attack_on(
         return attack(model, x, y, epsilon=epsilon, examples=index, seed=seed, criterion=criterion, at_once=at_once)
 
     result = run(slice(None))
-    _check_images(result.images, images, epsilon)
+    _check_images(result.images, images, epsilon, "linf")
     spent = model.largest()
     _expect(result.cost == spent, f"a cost of what an image takes at most, {spent}, got {result.cost}")
     _expect(torch.equal(images, before[0]), "images that are left alone, got others")
@@ -357,8 +358,14 @@ def _check_attack_on(
     _expect(gap < 1e-4, f"images that do not depend on `at_once`, got a difference of {gap:.2g}")
     _expect(together.cost == spent, f"a cost that does not depend on `at_once`, {spent}, got {together.cost}")
     seen: list[int] = []
-    run(slice(None), lambda logits: seen.append(1) or logits.mean((0, 1)).logsumexp(-1))
+    led = run(slice(None), lambda logits: seen.append(1) or logits.mean((0, 1))[:, 0])
     _expect(bool(seen) or spent == Cost(), "an attack that climbs the caller's criterion, got one that ignores it")
+    with torch.no_grad(), rng.draw(rng.derive_many(seed, 64, "criterion"), examples):
+        rise = float((model.inner(led.images) - model.inner(images))[..., 0].mean())
+    _expect(not seen or rise > 0, f"an attack that raises the caller's criterion, got a change of {rise:.2g}")
+    for norm in attack.norms:
+        found = attack(model, images, labels, epsilon=epsilon, examples=examples, seed=seed, norm=norm)
+        _check_images(found.images, images, epsilon, norm)
     free = attack(model, images, labels, epsilon=0.0, examples=examples, seed=seed)
     _expect(torch.equal(free.images, images) and free.cost == Cost(), "the images at no cost for a radius of zero")
     for what, bad in (("images beyond [0, 1]", images + 1), ("images with NaN", images * math.nan)):
@@ -367,15 +374,15 @@ def _check_attack_on(
     _expect_refusal("a negative radius", lambda: attack(model, images, labels, epsilon=-epsilon))
 
 
-def _check_images(found: Tensor, images: Tensor, epsilon: float) -> None:
+def _check_images(found: Tensor, images: Tensor, epsilon: float, norm: Norm) -> None:
     _expect(
         found.shape == images.shape and found.dtype == images.dtype and not found.requires_grad,
         f"plain {images.dtype} images {tuple(images.shape)}, got {found.dtype} {tuple(found.shape)}",
     )
     _expect(bool(found.isfinite().all()), "finite images, got NaN or infinity")
     _expect(float(found.min()) >= 0 and float(found.max()) <= 1, "images in [0, 1]")
-    reach = float((found - images).abs().max())
-    _expect(reach <= epsilon + 1e-6, f"a perturbation of at most {epsilon}, got {reach}")
+    reach = float(norm_of(found - images, norm).max())
+    _expect(reach <= epsilon + 1e-6, f"a perturbation of at most {epsilon} in {norm}, got {reach}")
 
 
 def _check_estimates(

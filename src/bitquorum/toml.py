@@ -54,7 +54,7 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     """Return a copy of a table with dotted assignments applied in order, such as `arms.0.bits=4`.
 
     The value is read as TOML, and taken as a string where it is no TOML or a date. Numbers index into lists.
-    The last key may be new, the keys before it must exist.
+    Keys may be new, and make tables; numbers of a list must exist.
 
     Raises:
         ConfigError: if an assignment lacks its `=`, or its path leads nowhere.

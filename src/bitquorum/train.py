@@ -6,16 +6,18 @@ memory and two integers; nothing else is saved, and a process that is killed at 
 CUDA a step that allows it is recorded and replayed (`capture`); its noise is keyed by (seed, layer, step and example).
 """
 
+import hashlib
 import json
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, SupportsIndex, final, get_args
 
 import torch
 import torch.distributed as dist
@@ -28,11 +30,12 @@ from bitquorum.conversion import calibrate
 from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.files import load_tensors, save_tensors
-from bitquorum.interface import BitquorumError, DataError, InputError, Method, NoEffectWarning
+from bitquorum.interface import BitquorumError, ConfigError, DataError, InputError, Method, NoEffectWarning
 from bitquorum.kernels import bfloat16_pays, memory_format
 from bitquorum.muon import Muon
 from bitquorum.objective import Objective, Reduce, Step
 from bitquorum.quantizers import Quantizer
+from bitquorum.registry import digest
 
 Optimizer = Literal["sgd", "muon", "adamw", "adam"]
 Schedule = Literal["onecycle", "cosine", "constant"]
@@ -78,7 +81,8 @@ class Trainer(Method):
         precision: `bfloat16` autocasts; `auto` does so on devices where it pays (see `kernels.bfloat16_pays`).
         channels_last: Memory layout of images and convolutions, but for networks with strided 1x1 convolutions of few
             channels (see `kernels.memory_format`).
-        calibration: Training images that set the first activation ranges; 0 keeps the guesses.
+        calibration: Training images that set the first activation ranges: the first ones, or a sample that is balanced
+            over the classes where those lack one; 0 keeps the guesses.
         checkpoint_seconds: Time between checkpoints.
         log_every: Steps between reports.
     """
@@ -122,7 +126,7 @@ class Trainer(Method):
         data: ImageSet,
         objective: Objective,
         *,
-        seed: int = 0,
+        seed: SupportsIndex = 0,
         checkpoint: Path | None = None,
         report: Callable[[Progress], None] | None = None,
         device: torch.device | str = "cpu",
@@ -139,14 +143,27 @@ class Trainer(Method):
             device: Where to train.
 
         Raises:
-            InputError: if the data hold fewer images than a batch or more classes than a member has logits, or no
-                parameter has a gradient.
+            InputError: if the data hold fewer images than a batch or more classes than a member has logits, no
+                parameter has a gradient, or the checkpoint is that of another training.
             DivergedError: if the loss is not finite.
 
         Warns:
             NoEffectWarning: if no weight of a layer has a gradient.
         """
-        return _Training(self, ensemble, data, objective, seed, torch.device(device)).run(checkpoint, report)
+        return _Training(self, ensemble, data, objective, operator.index(seed), torch.device(device)).run(
+            checkpoint, report
+        )
+
+    def check(self, data: ImageSet) -> None:
+        """Refuse data that do not fill a batch.
+
+        Raises:
+            InputError: if they do not.
+        """
+        if len(data) < self.batch_size:
+            raise InputError(
+                f"expected at least one batch of {self.batch_size} images, got {len(data)}; lower batch_size"
+            )
 
     def lr_at(self, progress: float) -> float:
         """Return the learning rate at a share of the training."""
@@ -181,10 +198,7 @@ class _Training:
         seed: int,
         device: torch.device,
     ) -> None:
-        if len(data) < trainer.batch_size:
-            raise InputError(
-                f"expected at least one batch of {trainer.batch_size} images, got {len(data)}; lower batch_size"
-            )
+        trainer.check(data)
         if trainer.epochs and not any(parameter.requires_grad for parameter in ensemble.parameters()):
             raise InputError(
                 "expected weights to train, got an ensemble of which none has a gradient, as an evaluation leaves it; "
@@ -243,12 +257,18 @@ class _Training:
     def _begin(self) -> None:
         count = min(self.trainer.calibration, len(self.data))
         if count:
-            sample = self.data.take(count).batch(torch.arange(count), self.device)
+            sample = self._calibration(count).batch(torch.arange(count), self.device)
             with rng.draw(rng.derive(self.seed, "calibration"), sample.examples):
                 for member in self.ensemble.members:
                     calibrate(member, self._laid_out(sample.images))
         if self.trainer.ema:
             self.average = {name: value.clone() for name, value in self.ensemble.state_dict().items()}
+
+    def _calibration(self, count: int) -> ImageSet:
+        first = self.data.take(count)
+        if len(first.labels.unique()) == len(self.data.labels.unique()):
+            return first
+        return self.data.take(count, seed=rng.derive(self.seed, "calibration images"))  # sorted by class, say
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield this process's part of every batch that is left, augmented.
@@ -413,13 +433,23 @@ class _Training:
         for index, slots in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": torch.as_tensor(slot) for name, slot in slots.items()}
         counts = {"step": self.step, "steps": self.steps, "counted": self.counted, "seed": self.seed}
-        save_tensors(path, state, {"state": json.dumps(counts)})
+        save_tensors(path, state, {"state": json.dumps(counts), "mark": self._mark()})
+
+    def _mark(self) -> str:
+        """Return what tells this training from others: its settings, its objective, and images by name and number."""
+        settings = replace(self.trainer, checkpoint_seconds=60.0, log_every=20)  # these two may change on the way
+        seen = hashlib.sha256(f"{digest(settings)} {self.data.name}".encode())
+        with suppress(ConfigError):  # a term of one's own may hold what no table can
+            seen.update(digest(self.objective).encode())
+        for part in (self.data.index, self.data.labels):
+            seen.update(part.cpu().numpy().tobytes())
+        return seen.hexdigest()[:16]
 
     def _load(self, path: Path) -> None:
         state, metadata = load_tensors(path, str(self.device))
         try:
             counts = json.loads(metadata["state"])
-            self._accept(path, state, counts)
+            self._accept(path, state, counts, metadata.get("mark", self._mark()))  # earlier versions wrote none
         except (KeyError, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -428,11 +458,16 @@ class _Training:
                 f"expected a checkpoint of this training at {path}, got another file ({reason}); remove it"
             ) from error
 
-    def _accept(self, path: Path, state: dict[str, Tensor], counts: dict[str, Any]) -> None:
+    def _accept(self, path: Path, state: dict[str, Tensor], counts: dict[str, Any], mark: str) -> None:
         if (counts["steps"], counts["seed"]) != (self.steps, self.seed):
             raise InputError(
                 f"{path}: expected a checkpoint of a training of {self.steps} steps with seed {self.seed}, got "
                 f"{counts['steps']} steps with seed {counts['seed']}; remove it to begin anew"
+            )
+        if mark != self._mark():
+            raise InputError(
+                f"{path}: expected a checkpoint of this training, got one with other settings, another objective or "
+                "other images; remove it to begin anew, or name another file"
             )
         part = partial(_under, state)
         self.ensemble.load_state_dict(part("model."))

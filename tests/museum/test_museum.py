@@ -112,6 +112,10 @@ def test_a_visit_is_stored_and_resumes(tmp_path: Path, monkeypatch: pytest.Monke
     assert visit(plan, tmp_path)[1] == again
     (stored.path / "metrics.jsonl").unlink()  # as after a kill before the last step
     assert visit(plan, tmp_path)[1] == again
+    changed = replace(ladder_named("quick"), draws=7)
+    monkeypatch.setattr("bitquorum.museum.run.ladder_named", lambda _: changed)
+    with pytest.raises(TypeError, match="not callable"):
+        visit(plan, tmp_path)  # by rungs that are others now: to be evaluated anew
     table = museum_table(again)
     assert [row[0] for row in table.rows] == ["gradient-killer", "huge-logits"]
     assert "20 digits at 0.125" in table.note

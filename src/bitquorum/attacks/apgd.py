@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitquorum.attacks.base import Criterion, Loss, Problem, Witness
+from bitquorum.attacks.base import Criterion, Loss, Problem, Witness, exceeds
 from bitquorum.attacks.gradient import GradientAttack
 from bitquorum.geometry import per_example
 from bitquorum.interface import InputError
@@ -55,12 +55,11 @@ class _AdaptiveSteps(GradientAttack):
             moved = problem.project(x + inertia * (z - x) + (1 - inertia) * (x - previous))
             previous, x, before = x, moved, loss
             gradient, loss = self._gradient(problem, x, witness, step)
-            nearer = witness.value > nearest
-            found[nearer], nearest = x[nearer], torch.maximum(nearest, witness.value)
+            nearer, better = exceeds(witness.value, nearest), exceeds(loss, best_loss)
+            found[nearer], nearest = x[nearer], torch.where(nearer, witness.value, nearest)
             rises += loss > before
-            better = loss > best_loss
             best[better], best_gradient[better] = x[better], gradient[better]
-            best_loss = torch.maximum(best_loss, loss)
+            best_loss = torch.where(better, loss, best_loss)
             if step in checkpoints:
                 stuck: Bool[Tensor, "batch"] = (rises < 0.75 * (step - last)) | (
                     ~halved & (best_loss <= checkpoint_loss)

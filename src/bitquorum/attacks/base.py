@@ -8,11 +8,11 @@ from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import kernels, rng
-from bitquorum.ensemble import Aggregation, MeanProbability
+from bitquorum.ensemble import Aggregation, MeanProbability, unanswered
 from bitquorum.geometry import Norm, ascend, project, random_point
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -189,11 +189,21 @@ class Problem:
             if value is None:
                 value = self.loss(found, criterion, seeds=seeds)
             other = self.loss(candidate, criterion, seeds=seeds)
-            better = other > value
-            found[better], value = candidate[better], torch.maximum(value, other)
+            better = exceeds(other, value)
+            found[better], value = candidate[better], torch.where(better, other, value)
         if found is None:
             raise InputError("expected at least one candidate, got none")
         return found
+
+
+def exceeds(new: Float[Tensor, "batch"], old: Float[Tensor, "batch"]) -> Bool[Tensor, "batch"]:
+    """Return where a loss is larger than another; any number exceeds NaN, which would else stand for ever.
+
+    Examples:
+        >>> exceeds(torch.tensor([1.0, 1.0, torch.nan]), torch.tensor([0.0, torch.nan, 1.0])).tolist()
+        [True, True, False]
+    """
+    return (new > old) | (old.isnan() & ~new.isnan())
 
 
 class Witness:
@@ -313,8 +323,9 @@ def pooled_loss(
 
     - `cross-entropy`: $-z_y$.
     - `margin`: $\max_{c \ne y} z_c - z_y$ (Carlini and Wagner, 2017, https://arxiv.org/abs/1608.04644).
-    - `dlr`: the margin over $z_{(1)} - z_{(3)}$, with $z_{(2)}$ for two classes; no scale of the logits changes it
-      (Croce and Hein, 2020, https://arxiv.org/abs/2003.01690, eq. 6).
+    - `dlr`: the margin over $z_{(1)} - z_{(3)}$; no scale of the logits changes it (Croce and Hein, 2020,
+      https://arxiv.org/abs/2003.01690, eq. 6). With two classes it is the margin: over $z_{(1)} - z_{(2)}$ it would be
+      constant.
     - `scaled-cross-entropy`: cross-entropy after division of each example's z by a temperature, its spread
       $z_{(1)} - z_{(2)}$ where that exceeds one, held constant: huge logits do not flatten it.
     """
@@ -327,6 +338,7 @@ def error_margin(
     """Return the margin of the mean probability, and just above zero for a tie that the first of its classes wins.
 
     Scores that saturate can be led to a tie, and no further; the largest score of the lowest index is the prediction.
+    Where logits give no probabilities the model has no answer: the margin is infinite.
 
     Examples:
         >>> logits = torch.tensor([[[[1.0, 1.0, 0.0]]]])
@@ -336,7 +348,7 @@ def error_margin(
     score = pooled_score(logits)
     margin = view_loss(score[None], labels, "margin")[0]
     tie = (margin == 0) & (score.argmax(-1) != labels)
-    return torch.where(tie, torch.finfo(margin.dtype).tiny, margin)
+    return torch.where(tie, torch.finfo(margin.dtype).tiny, margin).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
 def error_share(
@@ -354,7 +366,8 @@ def error_share(
         >>> float(error_share(logits, torch.tensor([0]), MajorityVote())) > 0  # two of three vote for the other class
         True
     """
-    wrong = torch.stack([aggregation(draw[None]).argmax(-1) != labels for draw in logits])
+    draws = logits.split(1)
+    wrong = torch.stack([(aggregation(draw).argmax(-1) != labels) | unanswered(draw) for draw in draws])
     margin = error_margin(logits, labels)
     return wrong.to(margin.dtype).mean(0) - 0.5 + margin.tanh() / (2 * len(logits))
 
@@ -377,18 +390,17 @@ def targeted_loss(
 
     Poolings are those of `pooled_loss`. Losses of a view z with target t: the negative cross-entropies to t, the
     `margin` $z_t - z_y$, and `dlr`, the margin over $z_{(1)} - (z_{(3)} + z_{(4)}) / 2$ (Croce and Hein, 2020,
-    https://arxiv.org/abs/2003.01690, eq. 7), where missing order statistics are left out.
+    https://arxiv.org/abs/2003.01690, eq. 7), where missing order statistics are left out; with two classes the margin.
     """
 
     def of_view(views: Tensor) -> Tensor:
         if loss.endswith("cross-entropy"):
             return -view_loss(views, targets, loss)
         margin = _take(views, targets) - _take(views, labels)
-        if loss == "margin":
+        if loss == "margin" or views.shape[-1] < 3:
             return margin
         top = views.topk(min(4, views.shape[-1]), -1).values
-        last = top[..., 2:].mean(-1) if top.shape[-1] > 2 else top[..., 1]
-        return margin / (top[..., 0] - last).clamp(min=1e-12)
+        return margin / (top[..., 0] - top[..., 2:].mean(-1)).clamp(min=1e-12)
 
     return pool(logits, pooling, of_view)
 
@@ -421,10 +433,10 @@ def view_loss(
         return -true
     index = labels.expand(len(views), -1)[..., None]
     margin = views.scatter(-1, index, -torch.inf).amax(-1) - true
-    if loss == "margin":
+    if loss == "margin" or views.shape[-1] < 3:
         return margin
-    top = views.topk(min(3, views.shape[-1]), -1).values
-    return margin / (top[..., 0] - top[..., -1]).clamp(min=1e-12)
+    top = views.topk(3, -1).values
+    return margin / (top[..., 0] - top[..., 2]).clamp(min=1e-12)
 
 
 def _take(views: Float[Tensor, "view batch classes"], classes: Int[Tensor, "batch"]) -> Float[Tensor, "view batch"]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum import rng
-from bitquorum.attacks.base import Attack, Criterion, Kind, Loss, Pooling, Problem, check_choices, pooled_loss
+from bitquorum.attacks.base import Attack, Criterion, Kind, Loss, Pooling, Problem, check_choices, exceeds, pooled_loss
 from bitquorum.geometry import Norm
 from bitquorum.interface import InputError
 
@@ -98,9 +98,9 @@ class Square(QueryAttack):
             seeds = problem.seeds(self.eot, "query", query)
             other = problem.loss(candidate, criterion, seeds=seeds)
             challenged = problem.loss(best, criterion, seeds=seeds) if value is None else value
-            better = other > challenged
+            better = exceeds(other, challenged)
             best = torch.where(better.view(-1, *[1] * (best.dim() - 1)), candidate, best)
-            value = None if value is None else torch.maximum(value, other)
+            value = None if value is None else torch.where(better, other, value)
         return best
 
     def _window(self, problem: Problem, query: int, size: tuple[int, int, int, int]) -> Tensor:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.attacks.apgd import wrong_classes
-from bitquorum.attacks.base import Criterion, Loss, Problem, Witness
+from bitquorum.attacks.base import Criterion, Loss, Problem, Witness, exceeds
 from bitquorum.attacks.gradient import GradientAttack
 from bitquorum.geometry import Norm, norm_of, per_example
 from bitquorum.interface import InputError
@@ -29,7 +29,9 @@ class FAB(GradientAttack):
     A point that fools is noted and drawn back by the factor $\beta$. Of the `targets` likeliest wrong classes the end
     of the largest margin is kept. The nearest point found may lie outside of the ball; then its projection is returned.
     Reference: Croce and Hein, 2020, https://arxiv.org/abs/1907.02044, algorithm 1, in the targeted form. Deviations: no
-    final search on the line; under noise the mean over a step's draws decides; a caller's `criterion` is taken as f.
+    final search on the line; under noise the mean over a step's draws decides, and of all points met the one of the
+    largest margin is kept, since the nearest is one that few draws took for wrong by luck; a caller's `criterion` is
+    taken as f.
 
     Attributes:
         steps: Number of steps for each target.
@@ -79,15 +81,20 @@ class FAB(GradientAttack):
         return map(problem.project, found)
 
     def nearest(self, problem: Problem, boundary: Criterion) -> Float[Tensor, "batch *image"]:
-        """Return the nearest point found that the model errs on, into whatever class; the last one where none was."""
+        """Return the nearest point found that the model errs on, into whatever class; the last one where none was.
+
+        Under noise it is the point of the largest margin, whether the model errs on it or not.
+        """
         images, witness = problem.images, Witness(boundary, problem.goal)
+        noisy = getattr(problem.model, "stochastic", True)
         x, found = images, images.clone()
-        best = torch.full_like(images.flatten(1)[:, 0], torch.inf)
+        best = torch.full_like(images.flatten(1)[:, 0], -torch.inf)
         for step in range(self.steps):
             gradient, value = self._gradient(problem, x, witness, step)
             length, fooled = norm_of(x - images, problem.norm), witness.value > 0
-            better = fooled & (length < best)
-            found[better], best = x[better], torch.where(better, length, best)
+            worth = witness.value if noisy else torch.where(fooled, -length, -torch.inf)
+            better = exceeds(worth, best)
+            found[better], best = x[better], torch.where(better, worth, best)
             here = to_hyperplane(x, gradient, value, problem.norm)
             there = to_hyperplane(images, gradient, value + _along(gradient, images - x), problem.norm)
             lengths = norm_of(here, problem.norm), norm_of(there, problem.norm)

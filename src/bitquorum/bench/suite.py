@@ -8,6 +8,7 @@ from bitquorum.baselines import Baseline, FloatEnsemble, Setting
 from bitquorum.config import DataChoice, Experiment, table_of
 from bitquorum.detect.detection import LEAST_CALIBRATION
 from bitquorum.evaluate import Evaluation, Ladder, ladder_named
+from bitquorum.evaluate.ladder import check_sources
 from bitquorum.interface import ConfigError, InputError, Method
 from bitquorum.registry import apply_overrides, decode, nearest
 
@@ -75,6 +76,10 @@ class Suite(Method):
         titles = self.titles
         if not titles or len(set(titles)) != len(titles):
             raise InputError(f"expected at least one baseline and different titles, got {titles}; give each a name")
+        held = [source.title for source in self.sources]
+        if len(set(held)) != len(held):
+            raise InputError(f"expected sources of different titles, got {held}; give each a name")
+        check_sources(held)
         if self.reference and self.reference not in titles:
             raise InputError(
                 f"expected a reference among the rows, got {self.reference!r}; {nearest(self.reference, titles)}"

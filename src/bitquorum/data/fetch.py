@@ -164,7 +164,7 @@ def _transfer(item: Download, part: Path, start: int, progress: Progress | None)
             resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             done = start if response.status == http.HTTPStatus.PARTIAL_CONTENT and resumed else 0
             with part.open("ab" if done else "wb") as target:
-                while done <= item.size and (block := response.read(_BLOCK)):
+                while done <= item.size and (block := _read(response)):
                     target.write(block)
                     done += len(block)
                     if progress is not None:
@@ -177,6 +177,14 @@ def _transfer(item: Download, part: Path, start: int, progress: Progress | None)
             return f"HTTP status {error.code} {error.reason}"
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         return f"no connection: {getattr(error, 'reason', None) or error}"
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """Return the next block, and tell what breaks off the connection, as TLS does it too, from what the disk says."""
+    try:
+        return response.read(_BLOCK)
+    except OSError as error:
+        raise ConnectionError(error) from error
 
 
 def _check_packed(path: Path, item: Download, *, remove: bool = False) -> None:

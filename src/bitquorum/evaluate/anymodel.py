@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitquorum.attacks import PGD, Attack, Transfer
+from bitquorum.attacks.base import check_inputs
 from bitquorum.evaluate.climbs import mark_of, read_climb, write_climb
-from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder
+from bitquorum.evaluate.ladder import Arena, Climb, Examples, Ladder, check_sources
 from bitquorum.evaluate.presets import ladder_named
 from bitquorum.evaluate.selfchecks import Verdict, run_checks
 from bitquorum.files import atomic_write
@@ -108,6 +109,10 @@ def evaluate_model(
     chosen = ladder_named(ladder) if isinstance(ladder, str) else ladder
     chosen = replace(chosen, epsilons=(epsilon,), examples=0, norm=norm or chosen.norm)
     chosen = chosen if seed is None else replace(chosen, seed=seed)
+    check_inputs(images, labels, epsilon, chosen.norm)
+    if not len(images):
+        raise InputError("expected at least one image, got none")
+    check_sources(sources or ())
     wrapped = wrap(model, images, labels)
     held: dict[str, Model] = {name: wrap(source, images, labels) for name, source in (sources or {}).items()}
     examples = Examples(images=images, labels=labels, index=torch.arange(len(labels), device=labels.device))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum.evaluate.accuracy import Accuracy
-from bitquorum.evaluate.ladder import Climb, Examples, Ladder, Step
+from bitquorum.evaluate.ladder import Climb, Examples, Step
 from bitquorum.files import load_tensors, save_tensors
-from bitquorum.interface import Cost, DataError
+from bitquorum.interface import Cost, DataError, Method
 from bitquorum.registry import digest
 
 
@@ -46,13 +47,13 @@ def write_climb(path: Path, climb: Climb, examples: Examples, *, mark: str = "")
 
 
 def read_climb(path: Path, device: torch.device | str = "cpu", *, mark: str = "") -> tuple[Climb, Tensor]:
-    """Return a stored climb, and the identities of its examples.
+    """Return a stored climb, and the identities of its examples; a given mark must be that of the climb, if it has one.
 
     Raises:
         DataError: if the file is corrupt, or has another mark.
     """
     stored, facts = load_tensors(path)
-    if facts.get("mark", "") != mark:
+    if mark and facts.get("mark", mark) != mark:
         raise DataError(
             f"expected the climb of this model on these images by this ladder at {path}, got that of another; choose "
             "another file, or remove it"
@@ -75,12 +76,15 @@ def read_climb(path: Path, device: torch.device | str = "cpu", *, mark: str = ""
         raise DataError(f"expected the state of a ladder at {path}, got: {error}; remove it") from error
 
 
-def mark_of(modules: Iterable[nn.Module], examples: Examples, ladder: Ladder) -> str:
-    """Return what tells a climb from others: parameters and buffers of the modules, images, labels and the ladder.
+def mark_of(modules: Iterable[nn.Module], examples: Examples, method: Method) -> str:
+    """Return what tells a climb from others: the modules, images, labels and the ladder, or another evaluation.
 
-    What a module holds besides parameters and buffers, such as its code, is not seen.
+    Of a module parameters and buffers are seen, and the settings that its `repr` shows; its code is not.
     """
-    seen = hashlib.sha256(digest(ladder).encode())
+    seen = hashlib.sha256(digest(method).encode())
+    modules = list(modules)
+    for module in modules:
+        seen.update(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())
     states = [module.state_dict() for module in modules]
     for state in ({"images": examples.images, "labels": examples.labels}, *states):
         for name, value in state.items():

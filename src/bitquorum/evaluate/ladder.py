@@ -6,7 +6,7 @@ on *judging* draws, which neither the attacks nor the selection saw.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -202,27 +202,29 @@ class Ladder(Method):
             return self
         return replace(self, precision="bfloat16" if bfloat16_pays(torch.device(device)) else None)
 
-    def rungs_for(self, model: Model, sources: Collection[str] = ()) -> tuple[Attack, ...]:
+    def rungs_for(self, model: Model, sources: Mapping[str, Model] | None = None) -> tuple[Attack, ...]:
         """Return the claim's rung and all others that can differ on this model, with a transfer rung for each source.
 
         A model without noise needs one draw a step: attacks by queries take their draws as queries, FAB as steps, APGD
         as steps up to the hundred of its paper. A model without our quantizers needs no choice of their backward pass
         and at most one copy without noise, one with a single member and no noise no choice of pooling. What is equal
-        then is climbed once. A rung whose source is `*` stands for one rung for each of `sources`.
+        then is climbed once. A rung whose source is `*` stands for one rung for each of `sources`, and what a transfer
+        rung does to a source is fitted to that.
         """
         chosen: dict[str, Attack] = {}
+        held = sources or {}
         for attack in (self.claim, *self.rungs):
             if self.norm not in attack.norms:
                 continue
-            for rung in _with_sources(attack, sources):
+            for rung in _with_sources(attack, held):
                 source = getattr(rung, "source", None)
                 if source in get_args(Twin) and source not in twins_of(model):
                     continue
-                fitted = _fit(rung, model)
+                fitted = _fit(rung, model, held)
                 chosen.setdefault(fitted.label, fitted)
         return tuple(chosen.values())
 
-    def passes(self, model: Model, sources: Collection[str] = ()) -> Cost:
+    def passes(self, model: Model, sources: Mapping[str, Model] | None = None) -> Cost:
         """Return the passes of an image that stands to the end, by a dry run of every rung on a model of ten pixels."""
         total = Cost()
         for attack in self.rungs_for(model, sources):
@@ -255,11 +257,13 @@ class Ladder(Method):
             listener: Hears how many batches of a rung are done and, in long ones, of the passes within.
 
         Raises:
-            InputError: if the rungs of the earlier climb are not those that this one begins with.
+            InputError: if the rungs of the earlier climb are not those that this one begins with, or a source has the
+                name of a copy without noise.
         """
+        check_sources(sources or ())
         arena = Arena(model=model, shown=shown or model, examples=examples, ladder=self, sources=sources or {})
         climb = climb or arena.start(epsilon)
-        rungs = self.rungs_for(model, list(arena.sources))
+        rungs = self.rungs_for(model, arena.sources)
         done = [step.rung for step in climb.steps[1:]]
         if done != [rung.label for rung in rungs[: len(done)]]:
             raise InputError(
@@ -565,7 +569,21 @@ def _with_sources(attack: Attack, sources: Collection[str]) -> list[Attack]:
     return [replace(attack, **{"source": name}) for name in sources]
 
 
-def _fit(attack: Attack, model: Model) -> Attack:
+def check_sources(names: Iterable[str]) -> None:
+    """Refuse names of models that the attacker holds which rungs would take for a copy of the model under attack.
+
+    Raises:
+        InputError: if there is one.
+    """
+    taken = [name for name in names if name in get_args(Twin)]
+    if taken:
+        raise InputError(
+            f"expected sources of other names than {', '.join(get_args(Twin))}, which are copies of the model under "
+            f"attack, got {taken[0]!r}; rename it"
+        )
+
+
+def _fit(attack: Attack, model: Model, sources: Mapping[str, Model]) -> Attack:
     """Return an attack without the choices that cannot differ on a model."""
     names = {item.name for item in fields(attack)}
     changes: dict[str, Any] = {}
@@ -579,7 +597,7 @@ def _fit(attack: Attack, model: Model) -> Attack:
         changes["pooling"] = "mean-loss"
     if "attack" in names:
         inner: Attack = attack.attack  # type: ignore[attr-defined]
-        changes["attack"] = _fit(inner, model)
+        changes["attack"] = _fit(inner, sources.get(getattr(attack, "source", ""), model), sources)
     return replace(attack, **changes)
 
 

@@ -97,7 +97,7 @@ class _Bench:
         few = slice(0, ladder.check_images)
         chosen = Examples(images=examples.images[few], labels=examples.labels[few], index=examples.index[few])
         arena = Arena(model=model, shown=shown, examples=chosen, ladder=ladder, sources=sources)
-        return cls(arena=arena, climb=climb, rungs=ladder.rungs_for(model, list(sources)))
+        return cls(arena=arena, climb=climb, rungs=ladder.rungs_for(model, sources))
 
     @property
     def images(self) -> int:

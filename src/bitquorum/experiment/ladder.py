@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from bitquorum.attacks.transfer import TWINS
 from bitquorum.config import Arm, Experiment
 from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Verdict, interval, run_checks
-from bitquorum.evaluate.climbs import read_climb, write_climb
+from bitquorum.evaluate.climbs import mark_of, read_climb, write_climb
 from bitquorum.experiment.runs import choose_arms, experiment_of, restored, working
 from bitquorum.files import append_jsonl, atomic_write, json_row, read_jsonl, write_jsonl
 from bitquorum.interface import DataError, Listener
@@ -69,7 +70,7 @@ def climb_run(
         examples = examples_of(test, device)
         failed: list[PeerError] = []
         for arm in chosen:
-            others = {name: ensemble for name, ensemble in ensembles.items() if name != arm.name}
+            others = {_held(name): ensemble for name, ensemble in ensembles.items() if name != arm.name}
             if not (folder / arm.name / "verdicts.jsonl").exists():
                 climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
             for name in also:
@@ -81,6 +82,11 @@ def climb_run(
     if failed:
         raise failed[0]
     return rows
+
+
+def _held(arm: str) -> str:
+    """Return the name by which rungs call an arm that the attacker holds: not that of a copy without noise."""
+    return f"arm {arm}" if arm in TWINS else arm
 
 
 def usual_epsilons(stored: Run) -> list[float]:
@@ -158,21 +164,22 @@ def climb_arm(
     """
     found: list[Verdict] = []
     rows: list[dict[str, Any]] = []
+    mark = mark_of([model, *others.values()], examples, ladder)
     Arena(model=model, shown=model, examples=examples, ladder=ladder, sources={}).warm()
     for epsilon in ladder.epsilons:
         path = folder / f"climb@{epsilon:.6f}.safetensors"
         started = time.monotonic()
-        before = _resumed(path, examples) if path.exists() else None
+        before = _resumed(path, examples, mark) if path.exists() else None
 
         def keep(climb: Climb, path: Path = path) -> None:
             nonlocal started
-            write_climb(path, climb, examples)
+            write_climb(path, climb, examples, mark=mark)
             now = time.monotonic()
             row = {"arm": folder.name, "epsilon": climb.epsilon, "rung": climb.steps[-1].rung}
             append_jsonl(folder / "seconds.jsonl", [{**row, "seconds": round(now - started, 1)}])
             started = now
 
-        passes = ladder.passes(model, list(others))
+        passes = ladder.passes(model, others)
         listener.begin(f"ladder {folder.name}", 0)
         listener.advance(0, f"batches, up to {passes.forward:,} + {passes.backward:,} passes an image")
         climb = ladder(
@@ -194,8 +201,8 @@ def climb_arm(
     write_jsonl(folder / "verdicts.jsonl", rows)
 
 
-def _resumed(path: Path, examples: Examples) -> Climb:
-    climb, index = read_climb(path, examples.images.device)
+def _resumed(path: Path, examples: Examples, mark: str) -> Climb:
+    climb, index = read_climb(path, examples.images.device, mark=mark)
     if not torch.equal(index.cpu(), examples.index.cpu()):
         raise DataError(
             f"expected the state of a ladder on these {len(examples.index)} images at {path}, got one on others; "

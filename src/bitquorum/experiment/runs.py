@@ -3,6 +3,7 @@
 import re
 import time
 import tomllib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,7 +19,8 @@ from bitquorum import kernels, rng
 from bitquorum.config import Arm, Experiment, parse
 from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
-from bitquorum.evaluate import CLEAN, Cell, Evaluation, worst
+from bitquorum.evaluate import CLEAN, Cell, Evaluation, Examples, worst
+from bitquorum.evaluate.climbs import mark_of
 from bitquorum.files import (
     append_jsonl,
     atomic_write,
@@ -188,11 +190,32 @@ def train_arms(
     for arm in reversed(experiment.arms):  # what an arm starts from stands before it
         if (arm in arms or arm.name in missing) and not _weights(stored, arm).exists():
             missing |= {arm.name, arm.start or arm.name}
-    images: ImageSet | None = None
-    for arm in experiment.arms:
-        if arm.name in missing and not _weights(stored, arm).exists():
-            images = images or training_images(experiment, data_root)
-            _train_arm(experiment, arm, images, stored, device, listener)
+    waiting = [arm for arm in experiment.arms if arm.name in missing and not _weights(stored, arm).exists()]
+    if not waiting:
+        return
+    images = training_images(experiment, data_root)
+    for arm in waiting:  # what is wrong with the last is better known before the first is trained
+        _check_arm(experiment, arm, images)
+    for arm in waiting:
+        _train_arm(experiment, arm, images, stored, device, listener)
+
+
+def _check_arm(experiment: Experiment, arm: Arm, images: ImageSet) -> None:
+    """Refuse an arm that could not be built, begun or asked for a prediction."""
+    (arm.trainer or experiment.trainer).check(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the training says it again
+        ensemble = build(experiment, arm, images).eval()
+        begun = [other for other in experiment.arms if other.name == arm.start]
+        states = [build(experiment, other, images).state_dict() for other in begun]
+    shapes = {name: value.shape for name, value in ensemble.state_dict().items()}
+    for state in states:
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise InputError(
+                f"arm {arm.name!r}: expected weights of arm {arm.start!r} that fit, got others; give both arms members "
+                "that are made in the same way"
+            )
+    ensemble.predict(torch.zeros(ensemble.passes, ensemble.answers, 1, len(images.classes)))
 
 
 def evaluate_arms(
@@ -211,14 +234,17 @@ def evaluate_arms(
     folder = evaluation_folder(stored, evaluation)
     atomic_write(folder / "evaluation.toml", to_toml(encode(evaluation)))
     rows: list[dict[str, Any]] = []
+    batch = test.batch(torch.arange(len(test)))
+    examples = Examples(images=batch.images, labels=batch.labels, index=batch.examples)
     for arm, ensemble in zip(experiment.arms, ensembles, strict=True):
-        done = [read_cell(path) for path in sorted((folder / arm.name).glob("*.safetensors"))]
+        mark = mark_of([ensemble], examples, evaluation)
+        done = [read_cell(path, mark=mark) for path in sorted((folder / arm.name).glob("*.safetensors"))]
         listener.begin(f"attack {arm.name}", 0)
         cells = evaluation(
             ensemble,
             test,
             done=done,
-            on_cell=lambda cell, arm=arm: _write_cell(folder / arm.name, cell, test),
+            on_cell=lambda cell, arm=arm, mark=mark: _write_cell(folder / arm.name, cell, test, mark),
             on_batch=lambda count, total: listener.advance(count, f"of {total} batches"),
             device=device,
         )
@@ -438,7 +464,7 @@ def evaluation_folder(stored: Run, evaluation: Method) -> Path:
     return path
 
 
-def _write_cell(folder: Path, cell: Cell, data: ImageSet) -> None:
+def _write_cell(folder: Path, cell: Cell, data: ImageSet, mark: str) -> None:
     name = re.sub(r"[^A-Za-z0-9]+", "-", cell.attack)
     images = {} if cell.images is None else {"images": cell.images}
     save_tensors(
@@ -450,17 +476,22 @@ def _write_cell(folder: Path, cell: Cell, data: ImageSet) -> None:
             "forward": str(cell.cost.forward),
             "backward": str(cell.cost.backward),
             "largest": repr(cell.largest),
+            "mark": mark,
         },
     )
 
 
-def read_cell(path: Path, *, images: bool = True) -> Cell:
+def read_cell(path: Path, *, images: bool = True, mark: str = "") -> Cell:
     """Return the stored outcome of an attack, with its adversarial images or without.
 
     Raises:
-        DataError: if the file is corrupt.
+        DataError: if the file is corrupt, or has another mark than the given one (see `evaluate.climbs.mark_of`).
     """
     stored, facts = load_tensors(path, without=() if images else ("images",))
+    if mark and facts.get("mark", mark) != mark:  # earlier versions wrote none
+        raise DataError(
+            f"expected the outcome of an attack on these weights and images at {path}, got that on others; remove it"
+        )
     try:
         correct: Tensor = stored["correct"].bool()
         return Cell(

@@ -16,7 +16,7 @@ from bitquorum.foreign import Wrapped, wrap
 from bitquorum.interface import ConfigError, Listener, Method
 from bitquorum.museum.exhibits import EPSILON, NAMES, Exhibit, exhibits
 from bitquorum.peers import PeerError, check_peer, second_opinion, version_of
-from bitquorum.registry import encode, nearest
+from bitquorum.registry import digest, encode, nearest
 from bitquorum.store import Run
 
 _BATCH: Final = 250  # images at once: AutoAttack's own number
@@ -62,7 +62,7 @@ def visit(
         check_peer(name)
     stored = Run.create(root, "museum", encode(museum))
     listener = listener or Listener()
-    missing = [name for name in museum.exhibits if not _file(stored, name).exists()]
+    missing = [name for name in museum.exhibits if not _is_done(museum, stored, name)]
     if missing or not museum_rows(stored):
         with stored.lock():
             started = time.monotonic()
@@ -92,13 +92,19 @@ def _file(stored: Run, name: str) -> Path:
     return stored.path / "exhibits" / f"{name}.jsonl"
 
 
+def _is_done(museum: Museum, stored: Run, name: str) -> bool:
+    """Return whether an exhibit is stored, and its ladder is the present one of that name."""
+    rows, now = read_jsonl(_file(stored, name)), digest(_ladder(museum))
+    return bool(rows) and all(row.get("rungs", now) == now for row in rows)
+
+
 def _images(museum: Museum, data_root: Path | None) -> Batch:
     test = load("digits", "test", root=data_root).take(museum.images, seed=museum.seed)
     return test.batch(torch.arange(len(test)))
 
 
 def _rows(museum: Museum, exhibit: Exhibit, batch: Batch, listener: Listener) -> list[dict[str, Any]]:
-    common = {"exhibit": exhibit.name, "epsilon": museum.epsilon}
+    common = {"exhibit": exhibit.name, "epsilon": museum.epsilon, "rungs": digest(_ladder(museum))}
     rows = []
     for who, model in (("twin", exhibit.twin), ("defended", exhibit.defended)):
         listener.advance(len(rows), f"ladder, {who}")

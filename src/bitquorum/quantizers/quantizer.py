@@ -94,7 +94,7 @@ class Quantizer(nn.Module):
         self.bits, self.top, self.grid, self.axis = bits, 2**bits - 1, grid, axis
         smooth = self.law.stochastic or (isinstance(self.law, Deterministic) and self.law.smooth_as is not None)
         default: Backward = "mean" if smooth else "straight-through"
-        self.surrogate = Surrogate(backward=backward or default)
+        self.surrogate = Surrogate(backward=backward or default, temperature=temperature)
         self.temperature = temperature
         self.address = ""
         self.learned = bool(learned)
@@ -164,12 +164,12 @@ class Quantizer(nn.Module):
         return self._decode(codes, low, step[..., None]).detach()
 
     def mean(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return E[Q(x) | x] in closed form, differentiable to any order."""
+        """Return E[Q(x) | x] in closed form, differentiable to any order under a law with noise."""
         z, low, step = self._steps(x)
         return self._decode(mean_code(z, self.top, self.law, self.scale()), low, step).to(x.dtype)
 
     def probabilities(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape levels"]:
-        """Return P(k | x) for every level k, differentiable."""
+        """Return P(k | x) for every level k, differentiable under a law with noise."""
         return probabilities(self._steps(x)[0], self.top, self.law, self.scale())
 
     def entropy(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
