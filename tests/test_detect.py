@@ -41,6 +41,7 @@ from bitquorum.ensemble import MajorityVote, MeanProbability
 from bitquorum.evaluate import interval
 from bitquorum.information import PlugIn
 from bitquorum.interface import InputError
+from bitquorum.report import rejection_table
 
 INPUTS: tuple[InputStatistic, ...] = (
     PredictionMI(),
@@ -534,3 +535,36 @@ def test_bad_windows():
         WindowMI(window=1)
     with pytest.raises(InputError, match="one window of 50"):
         WindowMI()(torch.zeros(1, 2, 49, 3), CleanReference.fit(torch.zeros(1, 2, 49, 3)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", [MeanProbability(), MajorityVote()])
+def test_an_input_without_an_answer_is_wrong_and_rejected(rule: Any, value: float):
+    """Class 0 is what the argmax of NaN would be."""
+    first = torch.tensor([3.0, 0.0, 0.0])
+    clean = Observed(logits=normal(1, 4, 2, 60, 3) + first, labels=torch.zeros(60).long())
+    calibration = Observed(logits=normal(2, 4, 2, 200, 3) + first, labels=torch.zeros(200).long())
+    logits = clean.logits.clone()
+    logits[1, 0, :20] = value
+    attacked = Observed(logits=logits, labels=clean.labels, threat="overflow", kind="attack", level=0.1)
+    detection = Detection(statistics=(*INPUTS, WindowMI(window=20)), false_positives=(0.05,), calibration=200)
+    rows, curves = detect(detection, rule, calibration, clean, [attacked])
+    right = float((rule(clean.logits).argmax(-1) == 0)[20:].float().sum() / 60)
+    for row in rows:
+        if row["name"] == "rejection" and row["threat"] == "overflow":
+            assert row["accepted_right"] <= right + 1e-6
+            assert row["fooled"] <= 40 / 60 - right + 1e-6
+        if row["name"] == "detection" and row["statistic"] != "window-mi":
+            assert row["auroc"] == pytest.approx(1.0)
+    assert len(curves) == len(INPUTS) + 1
+
+
+def test_windows_alone_have_no_accuracy_with_rejection():
+    assert rejection_table([{"name": "detection", "arm": "a"}], "a").rows == ()
+
+
+def test_curves_of_less_than_two_points_and_radii_beyond_the_image_are_refused():
+    with pytest.raises(InputError, match="at least two points of a curve, got 1"):
+        roc_curve(torch.arange(3.0), torch.arange(3.0), points=1)
+    with pytest.raises(InputError, match=r"aware_epsilons in \(0, 1\], in units of the image, got \(5.0,\)"):
+        Detection(aware_epsilons=(5.0,))

@@ -105,6 +105,13 @@ def test_the_ensemble_is_in_evaluation_mode_whatever_the_guard_is_told():
     assert not ensemble.training
 
 
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_beyond_the_classes_are_refused(label: int):
+    images, labels = images_of(0, 120)
+    with pytest.raises(InputError, match="expected labels from 0 to 3, the ensemble's classes, got"):
+        Guard.fit(ensemble_of(), images, torch.cat([labels[:-1], torch.tensor([label])]), passes=2)
+
+
 def test_equal_seeds_fit_equal_guards():
     images, labels = images_of(0, 120)
     first, again, other = (Guard.fit(ensemble_of(), images, labels, passes=2, seed=seed) for seed in (1, 1, 2))
@@ -116,10 +123,20 @@ def test_a_stored_guard_comes_back(tmp_path: Path):
     guard = Guard.fit(ensemble_of(), *images_of(0, 130), statistic=PointwiseMI(), passes=3, coverage=0.7)
     save_tensors(tmp_path / "guard.safetensors", guard.state_dict())
     state, _ = load_tensors(tmp_path / "guard.safetensors")
-    back = Guard.restore(ensemble_of(seed=9), state, statistic=PointwiseMI(), passes=3)
-    with rng.draw(1):
-        first, second = guard(images_of(1, 20)[0]), back(images_of(1, 20)[0])
-    assert same(first, second)
+    earlier = {name: value for name, value in state.items() if name != "settings"}
+    for back in (
+        Guard.restore(ensemble_of(seed=9), state),
+        Guard.restore(ensemble_of(seed=9), state, statistic=PointwiseMI(), passes=3),
+        Guard.restore(ensemble_of(seed=9), earlier, statistic=PointwiseMI(), passes=3),
+    ):
+        with rng.draw(1):
+            first, second = guard(images_of(1, 20)[0]), back(images_of(1, 20)[0])
+        assert same(first, second)
+        assert torch.equal(back.settings, guard.settings)
+    assert Guard.restore(ensemble_of(), state, false_positives=0.1).threshold < guard.threshold
+    for other in ({"statistic": PredictionMI()}, {"passes": 4}):
+        with pytest.raises(InputError, match="expected the statistic and passes that the stored scores are of"):
+            Guard.restore(ensemble_of(), state, **other)
     with pytest.raises(InputError, match="without joints"):
         Guard.restore(ensemble_of(), {name: value for name, value in state.items() if name != "joints"})
 

@@ -511,6 +511,7 @@ def test_bad_features_and_fields_are_refused():
         lambda: info.RenyiMI(bandwidth=-1.0),
         lambda: info.RenyiMI()(x, x[:5]),
         lambda: info.InfoNCE(hidden=0),
+        lambda: info.InfoNCE(hidden=2.5),  # type: ignore[arg-type]
         lambda: info.CLUB(rate=0.0),
         lambda: info.SMILE(clip=0.0),
         lambda: info.SMILE(clip=math.nan),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitquorum import rng
 from bitquorum.detect.reference import CleanReference
-from bitquorum.detect.statistics import InputStatistic, Statistic
+from bitquorum.detect.statistics import InputStatistic, Statistic, scores_of
 from bitquorum.ensemble import Aggregation, MeanProbability
 from bitquorum.interface import InputError
 
@@ -152,8 +152,8 @@ class Detector:
         )
 
     def scores(self, logits: Float[Tensor, "draw member batch classes"]) -> Float[Tensor, "batch"]:
-        """Return the score of each input."""
-        return self.statistic(logits, self.reference)
+        """Return the score of each input, infinite where its logits give no probabilities."""
+        return scores_of(self.statistic, logits, self.reference)
 
 
 def has_pairs(statistic: Statistic, logits: Float[Tensor, "draw member images classes"]) -> bool:

@@ -32,9 +32,10 @@ from bitquorum.detect.statistics import (
     PointwiseMI,
     PredictionMI,
     Statistic,
+    scores_of,
 )
 from bitquorum.detect.window import WindowMI, resampled
-from bitquorum.ensemble import Aggregation
+from bitquorum.ensemble import Aggregation, unanswered
 from bitquorum.evaluate import CLEAN
 from bitquorum.interface import InputError, Method
 
@@ -100,6 +101,8 @@ class Detection(Method):
                 f"expected at least one pass, image under the aware attack and window, and {LEAST_CALIBRATION} images "
                 f"for calibration, got {self.passes}, {self.aware_images}, {self.windows} and {self.calibration}"
             )
+        if not all(0 < epsilon <= 1 for epsilon in self.aware_epsilons):
+            raise InputError(f"expected aware_epsilons in (0, 1], in units of the image, got {self.aware_epsilons}")
         rates = self.false_positives
         if not rates or len(set(rates)) != len(rates) or not all(0 < rate < 1 for rate in rates):
             raise InputError(f"expected different rates of false positives in (0, 1), got {rates}")
@@ -145,7 +148,8 @@ def detect(
 ) -> tuple[list[Row], list[Row]]:
     """Measure every statistic against every threat.
 
-    A prediction is the aggregation's over all draws of the logits. Thresholds come from the calibration images, of
+    A prediction is the aggregation's over all draws of the logits; where they give no probabilities it is wrong, and
+    the score infinite. Thresholds come from the calibration images, of
     which each is scored by the clean joint of the others. Positives are attacked images that were right when clean and
     are wrong now; negatives are the clean test images. A threat `against` a statistic counts for this statistic alone.
     `WindowMI` has no attack of its own: those against `PointwiseMI`, which knows the same joint of votes, stand in.
@@ -211,7 +215,7 @@ def _measure_inputs(
     thresholds = {rate: threshold_at(held_out, rate) for rate in detection.false_positives}
 
     def see(observed: Observed) -> Seen:
-        return _see(observed, len(clean.labels), aggregation, statistic(observed.logits, reference))
+        return _see(observed, len(clean.labels), aggregation, scores_of(statistic, observed.logits, reference))
 
     before, seen = see(clean), [see(threat) for threat in threats]
     metrics, curves = [], []
@@ -245,22 +249,23 @@ def _measure_windows(
     """
     reference = CleanReference.fit(calibration.logits)
 
-    def scores_of(observed: Observed, purpose: str) -> Tensor:
+    def of_windows(observed: Observed, purpose: str) -> Tensor:
         seed = rng.derive(detection.seed, "windows", purpose)
         rows = resampled(observed.logits.shape[2], statistic.window, detection.windows, seed=seed)
-        return statistic(observed.logits[:, :, rows.to(observed.logits.device)], reference)
+        logits = observed.logits.masked_fill(unanswered(observed.logits)[:, None], 0.0)
+        return statistic(logits[:, :, rows.to(logits.device)], reference)
 
-    held_out = scores_of(calibration, "calibration")
+    held_out = of_windows(calibration, "calibration")
     thresholds = {rate: threshold_at(held_out, rate) for rate in detection.false_positives}
     before = _see(clean, len(clean.labels), aggregation)
-    negatives = scores_of(clean, "clean") if len(clean.labels) >= statistic.window else None
+    negatives = of_windows(clean, "clean") if len(clean.labels) >= statistic.window else None
     metrics, curves = [], []
     for threat in threats:
         now, images = _see(threat, len(clean.labels), aggregation), len(threat.labels)
         successes, apart = int((before.right[now.rows] & ~now.right).sum()), images / statistic.window
         scores = None
         if negatives is not None and successes >= LEAST_POSITIVES and apart >= 1:
-            scores = (negatives, scores_of(threat, "attacked"), thresholds)
+            scores = (negatives, of_windows(threat, "attacked"), thresholds)
             curves.append(curve_row(now.facts, *scores[:2]))
         repeats = max(1.0, detection.windows / apart)
         metrics.append(
@@ -288,7 +293,7 @@ def _see(observed: Observed, images: int, aggregation: Aggregation, scores: Tens
         },
         rows=torch.arange(images, device=labels.device) if observed.rows is None else observed.rows,
         scores=torch.zeros(len(labels)) if scores is None else scores,
-        right=aggregation(observed.logits).argmax(-1) == labels,
+        right=(aggregation(observed.logits).argmax(-1) == labels) & ~unanswered(observed.logits),
     )
 
 

@@ -1,6 +1,6 @@
 """Serve an ensemble with a detector in front: a prediction, a set or a rejection."""
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -13,9 +13,10 @@ from bitquorum import rng
 from bitquorum.attacks.base import check_inputs
 from bitquorum.detect.calibration import held_out_scores, p_values, threshold_at
 from bitquorum.detect.reference import CleanReference
-from bitquorum.detect.statistics import InputStatistic, PredictionMI
+from bitquorum.detect.statistics import InputStatistic, PredictionMI, scores_of
 from bitquorum.ensemble import Ensemble, unanswered
 from bitquorum.interface import InputError
+from bitquorum.registry import decode, encode
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +24,7 @@ class Guarded:
     """Hold what a guard says about images.
 
     Attributes:
-        prediction: Class, whether accepted or not; -1 where a logit is not a number.
+        prediction: Class, whether accepted or not; -1 where logits give no probabilities.
         accepted: Whether the image looks like a clean one.
         sets: Classes that conform to the image; none of them where nothing does.
         statistic: Score; larger is more suspicious.
@@ -54,8 +55,8 @@ class Guard(nn.Module):
     `Evasive`).
 
     Outside of `rng.draw` every call draws afresh; inside of one it is a deterministic function. The ensemble is put
-    into evaluation mode. Scores, joint tables and quantile are buffers, so `state_dict` holds all that was fitted;
-    `restore` builds a guard for a stored one. Reference for the sets: Sadinle, Lei, Wasserman, 2019,
+    into evaluation mode. Scores, joint tables, quantile and settings are buffers, so that `state_dict` holds all that
+    makes the guard; `restore` builds one of a stored one. Reference for the sets: Sadinle, Lei, Wasserman, 2019,
     https://arxiv.org/abs/1609.00451 (least ambiguous sets); Angelopoulos and Bates, 2021,
     https://arxiv.org/abs/2107.07511, section 1.
 
@@ -83,6 +84,7 @@ class Guard(nn.Module):
     scores: Tensor
     joints: Tensor
     quantile: Tensor
+    settings: Tensor
 
     def __init__(
         self,
@@ -104,6 +106,8 @@ class Guard(nn.Module):
         self.passes, self.false_positives = passes if ensemble.stochastic else 1, false_positives
         for name, value in (("scores", scores), ("joints", joints), ("quantile", quantile)):
             self.register_buffer(name, value.detach().clone())
+        table = {"statistic": encode(self.statistic), "passes": self.passes, "false_positives": false_positives}
+        self.register_buffer("settings", torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8))
 
     @classmethod
     @torch.no_grad()
@@ -147,6 +151,11 @@ class Guard(nn.Module):
             with rng.draw(rng.derive_many(seed, passes, "calibration", number), rows):
                 parts.append(ensemble(images[rows]))
         logits, chosen = torch.cat(parts, 2), statistic or PredictionMI()
+        if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+            raise InputError(
+                f"expected labels from 0 to {logits.shape[-1] - 1}, the ensemble's classes, got {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
         if bool(unanswered(logits).any()):
             raise InputError("expected logits that are numbers on clean images, got NaN; train the ensemble anew")
         missing = 1 - logits.softmax(-1).mean((0, 1)).gather(1, labels[:, None])[:, 0]
@@ -167,27 +176,44 @@ class Guard(nn.Module):
         state: Mapping[str, Tensor],
         *,
         statistic: InputStatistic | None = None,
-        passes: int = 10,
-        false_positives: float = 0.05,
+        passes: int | None = None,
+        false_positives: float | None = None,
     ) -> "Guard":
         """Return the guard of a stored `state_dict`, over an ensemble of equal structure, whose weights it loads.
 
+        Args:
+            ensemble: Its weights are overwritten.
+            state: As `state_dict` returned it.
+            statistic: Only for the state of an earlier version, which does not hold the settings.
+            passes: The same.
+            false_positives: In place of the stored rate.
+
         Raises:
-            InputError: if a buffer of a guard is missing.
+            InputError: if a buffer of a guard is missing, or the statistic or passes are not those of the stored
+                scores.
         """
         missing = [name for name in ("scores", "joints", "quantile") if name not in state]
         if missing:
             raise InputError(f"expected the state of a guard, got one without {', '.join(missing)}")
+        known = json.loads(bytes(state["settings"].tolist())) if "settings" in state else {}
+        fitted = decode(InputStatistic, known["statistic"]) if known else statistic
+        given = passes if passes is None or ensemble.stochastic else 1
+        count = known.get("passes", given or 10)
+        if statistic not in (None, fitted) or given not in (None, count):
+            raise InputError(
+                f"expected the statistic and passes that the stored scores are of, {fitted} and {count}, got "
+                f"{statistic} and {passes}; leave them out"
+            )
         guard = cls(
             ensemble,
             scores=state["scores"],
             joints=state["joints"],
             quantile=state["quantile"],
-            statistic=statistic,
-            passes=passes,
-            false_positives=false_positives,
+            statistic=fitted,
+            passes=count,
+            false_positives=known.get("false_positives", 0.05) if false_positives is None else false_positives,
         )
-        guard.load_state_dict(dict(state))
+        guard.load_state_dict({**state, "settings": guard.settings})
         return guard
 
     @property
@@ -199,7 +225,7 @@ class Guard(nn.Module):
     def forward(self, images: Float[Tensor, "batch *image"]) -> Guarded:
         """Return predictions, sets and rejections.
 
-        Where a logit is not a number the prediction is -1, which is no class, and the image is rejected with the
+        Where logits give no probabilities the prediction is -1, which is no class, and the image is rejected with the
         score infinity and an empty set.
 
         Raises:
@@ -214,9 +240,7 @@ class Guard(nn.Module):
         with rng.draw(rng.derive_many(first, self.passes, "guard", *others), ambient.examples if ambient else None):
             logits = self.ensemble(images)
         probability = logits.softmax(-1).mean((0, 1))
-        lost = unanswered(logits)
-        views = logits.masked_fill(lost[:, None], 0.0)  # a statistic takes numbers alone
-        score = self.statistic(views, CleanReference(joints=self.joints)).masked_fill(lost, math.inf)
+        lost, score = unanswered(logits), scores_of(self.statistic, logits, CleanReference(joints=self.joints))
         return Guarded(
             prediction=self.ensemble.aggregation(logits).argmax(-1).masked_fill(lost, -1),
             accepted=score <= self.threshold,  # written so that NaN is rejected

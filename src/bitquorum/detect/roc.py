@@ -39,13 +39,15 @@ def roc_curve(
         points: Largest number of points, at least two.
 
     Raises:
-        InputError: if there is no score on either side, or one is NaN.
+        InputError: if there is no score on either side, one is NaN, or less than two points are asked for.
 
     Examples:
         >>> roc_curve(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
         Curve(fpr=(0.0, 0.0, 0.5, 1.0), tpr=(0.0, 0.5, 1.0, 1.0))
     """
     _check(negatives, positives)
+    if points < 2:
+        raise InputError(f"expected at least two points of a curve, got {points}")
     thresholds = torch.cat([negatives, positives]).unique().flip(0)
     rates = torch.stack([_share_from(side, thresholds) for side in (negatives, positives)])
     rates = torch.cat([rates.new_zeros(2, 1), rates], 1)

@@ -67,11 +67,13 @@ def curve_row(facts: Row, negatives: Float[Tensor, "negatives"], positives: Floa
     """Return the ROC curve and both histograms over common bins."""
     curve = roc_curve(negatives, positives)
     both = torch.cat([negatives, positives]).double()
-    low, high = float(both.min()), float(both.max())
+    both = both[both.isfinite()]  # infinite where an input has no answer: in the curve, in no bin
+    low, high = (float(both.min()), float(both.max())) if len(both) else (0.0, 0.0)
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
-    counts = [torch.histc(side.double().cpu(), _BINS, low, high).long().tolist() for side in (negatives, positives)]
+    finite = [side[side.isfinite()].double().cpu() for side in (negatives, positives)]
+    counts = [torch.histc(side, _BINS, low, high).long().tolist() for side in finite]
     return {
         "threat": facts["threat"],
         "level": facts["level"],

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitquorum.detect.reference import CleanReference, one_hot_votes, paired
+from bitquorum.ensemble import unanswered
 from bitquorum.information import entropy
 from bitquorum.interface import InputError, Method
 
@@ -40,6 +41,14 @@ class InputStatistic(Statistic, ABC):
         self, logits: Float[Tensor, "draw member batch classes"], reference: CleanReference
     ) -> Float[Tensor, "batch"]:
         """Return a score on the same scale that is differentiable in the logits."""
+
+
+def scores_of(
+    statistic: Statistic, logits: Float[Tensor, "draw member batch classes"], reference: CleanReference
+) -> Float[Tensor, "batch"]:
+    """Return the score of each input, infinite where logits give no probabilities: no statistic can compare these."""
+    lost = unanswered(logits)
+    return statistic(logits.masked_fill(lost[:, None], 0.0), reference).masked_fill(lost, torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,11 +49,13 @@ class Critic(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a field other than the seed that is not above zero."""
+        """Refuse a field other than the seed that is not above zero, or no whole number where it counts."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "seed" and not value > 0:
                 raise InputError(f"{type(self).__name__}: expected {field.name} above 0, got {value}")
+            if field.name in ("hidden", "steps", "batch") and value != int(value):
+                raise InputError(f"{type(self).__name__}: expected a whole number {field.name}, got {value}")
 
     def __call__(self, a: Shaped[Tensor, "samples *a"], b: Shaped[Tensor, "samples *b"]) -> Estimate:
         """Return the estimate for features in the rows of `a` and `b`; at least 20 samples."""

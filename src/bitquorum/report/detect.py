@@ -77,7 +77,9 @@ def rejection_table(rows: Sequence[dict[str, Any]], arm: str) -> Table:
 
     It is that at the first rate of false positives.
     """
-    false_positives = next(row["false_positives"] for row in rows if row["name"] == "clean")
+    false_positives = next((row["false_positives"] for row in rows if row["name"] == "clean"), None)
+    if false_positives is None:  # too few images for a window, and nothing else was measured
+        return Table(header=_REJECTION, rows=(), note=f"{arm}: no statistic had clean images to set against")
     mine = [row for row in rows if row["arm"] == arm and row.get("false_positives") == false_positives]
     clean = {row["statistic"]: row for row in mine if row["name"] == "clean"}
     body = []

@@ -16,6 +16,16 @@ COUNTS = {
     "fooled": "accepted and wrong",
 }
 
+UNITS = {
+    "prediction-mi": "bits",
+    "pointwise-mi": "bits",
+    "window-mi": "bits",
+    "max-softmax": "1 less a probability",
+    "disagreement": "share of pairs",
+    "energy": "nats",
+    "entropy": "bits",
+}
+
 _TOLERANCE = 0.004  # how far a simplified ROC curve may lie from the stored one
 _RATE = {"percent": True, "low": -0.02, "high": 1.02}
 
@@ -164,6 +174,7 @@ def scores(view: RunView, part: Part) -> Figure | None:
         kind="steps",
         rows=rows,
         x=Axis(title="statistic"),
+        x_titles={name: f"{name} ({UNITS[name]})" for name in distinct(rows, "statistic") if name in UNITS},
         y=Axis(title="share of images or windows", percent=True, low=0.0),
         series=series,
         keys=keys,
