@@ -2,11 +2,13 @@
 
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import os
 import re
 import shutil
+import ssl
 import struct
 import subprocess
 import sys
@@ -747,6 +749,23 @@ def test_one_call_resumes_as_long_as_bytes_come(tmp_path, server):
     folder = install(cifar_source(server.url, CIFAR_FILES, CIFAR_TAR), root=tmp_path)
     assert contents(folder) == CIFAR_FILES
     assert server.seen == [None, f"bytes={server.cut}-", f"bytes={2 * server.cut}-"]
+
+
+def test_a_connection_that_breaks_within_tls_is_resumed(tmp_path, server, monkeypatch):
+    server.files["tiny.tar.gz"], server.cut = CIFAR_TAR, 1 + len(CIFAR_TAR) // 2
+    read, broken = http.client.HTTPResponse.read, []
+
+    def read_or_break(self, *size):
+        block = read(self, *size)
+        if not block and not broken:
+            broken.append(True)
+            raise ssl.SSLEOFError(8, "EOF occurred in violation of protocol")
+        return block
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read_or_break)
+    assert contents(install(cifar_source(server.url, CIFAR_FILES, CIFAR_TAR), root=tmp_path)) == CIFAR_FILES
+    assert broken
+    assert server.seen == [None, f"bytes={server.cut}-"]
 
 
 def test_an_interrupted_download_keeps_its_part_and_the_next_call_goes_on(tmp_path, server):

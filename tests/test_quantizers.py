@@ -402,6 +402,9 @@ def test_bad_surrogates_are_refused():
         Surrogate(width=0.0)
     with pytest.raises(InputError, match="expected a positive width and temperature"):
         Surrogate(temperature=-1.0)
+    for temperature in (0.0, -0.5, math.nan):
+        with pytest.raises(InputError, match="expected a positive width and temperature"):
+            Quantizer(2, backward="gumbel", temperature=temperature)
     with pytest.raises((InputError, TypeError), match="backward"):  # the check of types comes first where it is on
         Surrogate(backward="none")  # pyright: ignore[reportArgumentType]
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,16 @@ from bitquorum.interface import InputError
 
 SEEDS = st.integers(-(2**62), 2**62)
 MASK64, MASK32 = 2**64 - 1, 2**32 - 1
+
+
+def test_seeds_are_any_whole_numbers():
+    seen = []
+    for seed in (7, np.int64(7), torch.tensor(7), [7], [np.int64(7)]):
+        with rng.draw(seed) as ambient:
+            seen.append(ambient.seeds)
+    assert seen == [(7,)] * 5
+    with pytest.raises(TypeError), rng.draw([7.5]):  # type: ignore[list-item]
+        pass
 
 
 def mix64(x):
