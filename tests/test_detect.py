@@ -568,3 +568,14 @@ def test_curves_of_less_than_two_points_and_radii_beyond_the_image_are_refused()
         roc_curve(torch.arange(3.0), torch.arange(3.0), points=1)
     with pytest.raises(InputError, match=r"aware_epsilons in \(0, 1\], in units of the image, got \(5.0,\)"):
         Detection(aware_epsilons=(5.0,))
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_score_of_few_draws_grows_to_that_of_many_as_stated(members: int):
+    logits, statistic = 0.3 * normal(3, 40, members, 500, 4).double(), PredictionMI()
+    few, many = (
+        torch.stack([statistic(part, NO_REFERENCE).mean() for part in logits.split(count)]).mean() for count in (2, 10)
+    )
+    stated = statistic.reached(2 * members) / statistic.reached(10 * members)
+    assert float(few / many) == pytest.approx(stated, rel=0.03)
+    assert MaxSoftmax().reached(2) == 1.0

@@ -182,7 +182,7 @@ def noisy_ensemble() -> tuple[Ensemble, Tensor]:
     return Ensemble.build([network] * 3, policies).eval(), torch.rand(8, 1, 6, 6)
 
 
-def test_layers_state_noise_and_rate_of_every_quantizer():
+def test_layers_state_noise_and_rate_of_every_quantizer(monkeypatch: pytest.MonkeyPatch):
     ensemble, images = noisy_ensemble()
     rows = layer_rows(ensemble, images, torch.arange(8))
     assert len(rows) == sum(isinstance(module, Quantizer) for module in ensemble.modules())
@@ -196,6 +196,9 @@ def test_layers_state_noise_and_rate_of_every_quantizer():
     quantizer = ensemble.members[0].quantizer
     assert image["rate_bits"] == pytest.approx(float(quantizer.rate(images)), rel=1e-5)
     assert image["noise_bits"] == pytest.approx(float(quantizer.entropy(images).mean()), rel=1e-5)
+    monkeypatch.setattr("bitquorum.plane.layers._PART", 7)
+    for row, again in zip(rows, layer_rows(ensemble, images, torch.arange(8)), strict=True):
+        assert again == {**row, **{name: pytest.approx(row[name], abs=1e-6) for name in ("noise_bits", "rate_bits")}}
 
 
 def test_observations_repeat_and_blocks_of_images_meet_draws_of_their_own():

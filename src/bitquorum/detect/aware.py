@@ -24,7 +24,8 @@ class Evasive(Method):
 
     $$\max_x \; \mathrm{margin}(x) - w \left[ \frac{s(x) - \tau}{\sigma} + \kappa \right]_+$$
 
-    with the detector's differentiable stand-in s, threshold $\tau$ and scale $\sigma$, and the attack's `slack`
+    with the detector's differentiable stand-in s, raised by what its mean over the owner's number of draws exceeds that
+    over `eot` (`InputStatistic.reached`), threshold $\tau$ and scale $\sigma$, and the attack's `slack`
     $\kappa$. The first climb goes up the margin of the mean probability; the further ones towards each of the `targets`
     likeliest wrong classes, by the mean cross-entropy of every view to it: once all views agree on a wrong class, what
     measures disagreement sees nothing. Each climb has `rounds`, each beginning where the one before ended, with a
@@ -158,7 +159,9 @@ class Evasive(Method):
                 goal = pooled_loss(logits, labels, loss="margin", pooling="mean-probability")
             else:
                 goal = targeted_loss(logits, labels, targets, loss="cross-entropy", pooling="mean-member-loss")
-            excess = detector.statistic.smooth(logits, detector.reference) - detector.threshold
+            views, reached = logits.shape[0] * logits.shape[1], detector.statistic.reached
+            grown = reached(detector.passes * logits.shape[1]) / reached(views)
+            excess = grown * detector.statistic.smooth(logits, detector.reference) - detector.threshold
             return goal - weight * (excess / detector.scale + self.slack).clamp(min=0)
 
         velocity = torch.zeros_like(x)

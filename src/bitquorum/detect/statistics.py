@@ -42,6 +42,10 @@ class InputStatistic(Statistic, ABC):
     ) -> Float[Tensor, "batch"]:
         """Return a score on the same scale that is differentiable in the logits."""
 
+    def reached(self, views: int) -> float:
+        """Return which part of its mean over many views the mean score of a few has."""
+        return 1.0
+
 
 def scores_of(
     statistic: Statistic, logits: Float[Tensor, "draw member batch classes"], reference: CleanReference
@@ -90,6 +94,10 @@ class PredictionMI(SmoothStatistic):
         """Return the MI of each input."""
         views = logits.softmax(-1).flatten(0, 1)
         return entropy(views.mean(0)) - entropy(views).mean(0)
+
+    def reached(self, views: int) -> float:
+        """Return (V - 1) / V: to first order the MI is a variance over V views, taken as independent."""
+        return (views - 1) / views
 
 
 @final

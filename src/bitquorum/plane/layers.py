@@ -1,5 +1,6 @@
 """State how much noise every quantizer adds, and how much information it lets through."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -14,6 +15,7 @@ from bitquorum.layers import QuantActivation, QuantImage, QuantLayer
 from bitquorum.quantizers import Quantizer
 from bitquorum.registry import type_name
 
+_PART: Final = 1 << 16  # elements whose probabilities are held at once
 _ROLES: Final = {QuantLayer: "weight", QuantActivation: "activation", QuantImage: "image"}
 
 
@@ -24,7 +26,7 @@ def layer_rows(
     """Return a row for each quantizer: mean H(Q(x) | x) and I(x; Q(x)), in bits for each element, in closed form.
 
     x is uniform over the elements that the quantizer meets, under one draw of the layers before it: those of a handful
-    of images are enough, and memory grows with them.
+    of images are enough, and memory grows with them, though not with the number of levels.
 
     Args:
         ensemble: In evaluation mode.
@@ -41,6 +43,7 @@ def layer_rows(
         if not isinstance(module, Quantizer) or module not in seen:
             continue
         _, member, layer = name.split(".", 2)
+        noise, rate = _bits(module, seen[module])
         rows.append(
             {
                 "member": int(member),
@@ -48,12 +51,23 @@ def layer_rows(
                 "role": roles.get(id(module), "activation"),
                 "bits": module.bits,
                 "law": type_name(type(module.law)),
-                "noise_bits": float(module.entropy(seen[module]).mean()),
-                "rate_bits": float(module.rate(seen[module])),
+                "noise_bits": noise,
+                "rate_bits": rate,
                 "images": len(images),
             }
         )
     return rows
+
+
+def _bits(quantizer: Quantizer, x: Tensor) -> tuple[float, float]:
+    """Return the means of `Quantizer.entropy` and `rate`, from parts of the elements where all share a range."""
+    parts = x.reshape(-1).split(_PART) if quantizer.log_step.dim() == 0 else (x,)
+    noise, levels = torch.zeros((), dtype=torch.float64), torch.zeros(quantizer.top + 1, dtype=torch.float64)
+    for part in parts:
+        p = quantizer.probabilities(part).flatten(0, -2).double().cpu()
+        noise, levels = noise + torch.special.entr(p).sum(), levels + p.sum(0)
+    noise, total = noise / x.numel(), torch.special.entr(levels / x.numel()).sum()
+    return float(noise) / math.log(2), float(total - noise) / math.log(2)
 
 
 def _note(module: nn.Module, args: tuple[Tensor, ...], into: dict[nn.Module, Tensor]) -> None:
