@@ -402,3 +402,10 @@ def test_the_ball_lies_within_images():
     node = ball(torch.tensor([[0.0, 0.5, 0.98]]), 0.1, EXACT)
     assert torch.allclose(node.lower, torch.tensor([[0.0, 0.4, 0.88]]))
     assert torch.allclose(node.upper, torch.tensor([[0.1, 0.6, 1.0]]))
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_beyond_the_classes_are_refused(label: int):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    with pytest.raises(InputError, match="expected labels from 0 to 2, the model's classes, got"):
+        margins(network, torch.rand(2, 1, 2, 2), torch.tensor([0, label]), epsilon=0.1)

@@ -108,7 +108,7 @@ def test_the_ensemble_is_in_evaluation_mode_whatever_the_guard_is_told():
 @pytest.mark.parametrize("label", [-1, 4])
 def test_labels_beyond_the_classes_are_refused(label: int):
     images, labels = images_of(0, 120)
-    with pytest.raises(InputError, match="expected labels from 0 to 3, the ensemble's classes, got"):
+    with pytest.raises(InputError, match="expected labels from 0 to 3, the model's classes, got"):
         Guard.fit(ensemble_of(), images, torch.cat([labels[:-1], torch.tensor([label])]), passes=2)
 
 
@@ -134,6 +134,8 @@ def test_a_stored_guard_comes_back(tmp_path: Path):
         assert same(first, second)
         assert torch.equal(back.settings, guard.settings)
     assert Guard.restore(ensemble_of(), state, false_positives=0.1).threshold < guard.threshold
+    with pytest.raises(InputError, match="expected the settings of a guard"):
+        Guard.restore(ensemble_of(), {**state, "settings": state["settings"][1:]})
     for other in ({"statistic": PredictionMI()}, {"passes": 4}):
         with pytest.raises(InputError, match="expected the statistic and passes that the stored scores are of"):
             Guard.restore(ensemble_of(), state, **other)

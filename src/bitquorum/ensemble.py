@@ -315,6 +315,19 @@ def unanswered(logits: Float[Tensor, "draw member batch classes"]) -> Bool[Tenso
     return ~logits.amax(-1).isfinite().flatten(0, 1).all(0)
 
 
+def check_labels(labels: Int[Tensor, "images"], classes: int) -> None:
+    """Refuse labels that are none of the classes.
+
+    Raises:
+        InputError: if there are such.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(
+            f"expected labels from 0 to {classes - 1}, the model's classes, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+
+
 def classifier(member: nn.Module) -> nn.Module:
     """Return the last linear layer of a member, with its quantizer where it has one."""
     inner = {id(module.layer) for module in member.modules() if isinstance(module, QuantLayer)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitquorum import rng
 from bitquorum.conversion import is_stochastic
-from bitquorum.ensemble import Ensemble, classifier
+from bitquorum.ensemble import Ensemble, check_labels, classifier
 from bitquorum.interface import InputError
 from bitquorum.relax import relaxed
 
@@ -289,11 +289,8 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         )
     if not bool(torch.isfinite(output).all()):
         raise InputError("expected finite outputs, got NaN or infinity; check the model's weights and normalization")
-    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
-        raise InputError(
-            f"expected labels from 0 to {output.shape[1] - 1}, the model's classes, got {int(labels.min())} to "
-            f"{int(labels.max())}"
-        )
+    if labels is not None:
+        check_labels(labels, output.shape[1])
     return output
 
 

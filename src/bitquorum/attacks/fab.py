@@ -103,7 +103,7 @@ class FAB(GradientAttack):
             moved = (1 - share) * (x + self.overshoot * here) + share * (images + self.overshoot * there)
             drawn = images + self.backward * (x - images)
             x = torch.where(per_example(fooled, x), drawn, moved.clamp(0, 1))
-        return torch.where(per_example(best.isinf(), x), x, found)
+        return torch.where(per_example(best.isneginf(), x), x, found)
 
 
 def to_hyperplane(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bitquorum.bounds.network import propagate
 from bitquorum.bounds.nodes import Box, Node, least
 from bitquorum.bounds.scope import Scope, networks
+from bitquorum.ensemble import check_labels
 from bitquorum.interface import InputError
 
 Bound = Literal["ibp", "crown-ibp"]
@@ -78,11 +79,7 @@ def _margins(network: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
     node = output(network, images, epsilon=epsilon, scope=scope)
     if node.lower.dim() != 2:
         raise InputError(f"expected logits [batch, classes], got {list(node.lower.shape)}")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < node.lower.shape[1]:
-        raise InputError(
-            f"expected labels from 0 to {node.lower.shape[1] - 1}, the network's classes, got {int(labels.min())} to "
-            f"{int(labels.max())}"
-        )
+    check_labels(labels, node.lower.shape[1])
     everything = torch.eye(node.lower.shape[1], dtype=node.lower.dtype, device=node.lower.device)
     coefficient = everything[labels] - everything[:, None]  # [class j, batch, classes]: true minus j
     found = least(node, coefficient, deep=False)

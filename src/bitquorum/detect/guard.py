@@ -14,7 +14,7 @@ from bitquorum.attacks.base import check_inputs
 from bitquorum.detect.calibration import held_out_scores, p_values, threshold_at
 from bitquorum.detect.reference import CleanReference
 from bitquorum.detect.statistics import InputStatistic, PredictionMI, scores_of
-from bitquorum.ensemble import Ensemble, unanswered
+from bitquorum.ensemble import Ensemble, check_labels, unanswered
 from bitquorum.interface import InputError
 from bitquorum.registry import decode, encode
 
@@ -151,11 +151,7 @@ class Guard(nn.Module):
             with rng.draw(rng.derive_many(seed, passes, "calibration", number), rows):
                 parts.append(ensemble(images[rows]))
         logits, chosen = torch.cat(parts, 2), statistic or PredictionMI()
-        if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-            raise InputError(
-                f"expected labels from 0 to {logits.shape[-1] - 1}, the ensemble's classes, got {int(labels.min())} to "
-                f"{int(labels.max())}"
-            )
+        check_labels(labels, logits.shape[-1])
         if bool(unanswered(logits).any()):
             raise InputError("expected logits that are numbers on clean images, got NaN; train the ensemble anew")
         missing = 1 - logits.softmax(-1).mean((0, 1)).gather(1, labels[:, None])[:, 0]
@@ -195,8 +191,11 @@ class Guard(nn.Module):
         missing = [name for name in ("scores", "joints", "quantile") if name not in state]
         if missing:
             raise InputError(f"expected the state of a guard, got one without {', '.join(missing)}")
-        known = json.loads(bytes(state["settings"].tolist())) if "settings" in state else {}
-        fitted = decode(InputStatistic, known["statistic"]) if known else statistic
+        try:
+            known = json.loads(bytes(state["settings"].tolist())) if "settings" in state else {}
+            fitted = decode(InputStatistic, known["statistic"]) if known else statistic
+        except (ValueError, KeyError) as error:
+            raise InputError(f"expected the settings of a guard, got: {error}; fit it anew") from error
         given = passes if passes is None or ensemble.stochastic else 1
         count = known.get("passes", given or 10)
         if statistic not in (None, fitted) or given not in (None, count):
