@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitquorum.attacks import PGD, Square, Transfer
 from bitquorum.data import load
 from bitquorum.ensemble import Ensemble, MajorityVote
-from bitquorum.evaluate import Ladder, Report, evaluate_model, ladder
+from bitquorum.evaluate import Evaluation, Ladder, Report, evaluate_model, ladder
 from bitquorum.evaluate.selfchecks import CHECKS
 from bitquorum.foreign import wrap
 from bitquorum.interface import ConfigError, DataError, InputError, Listener, Printed
@@ -208,6 +208,34 @@ def test_what_is_no_number_is_no_right_answer(digits: tuple[Tensor, Tensor]):
         assert torch.equal(attacked == -1, model(bright).isnan().any(-1))
     report = evaluate(model, digits)
     assert report.climb.worst.value <= evaluate(network(0), digits).climb.worst.value
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not(digits: tuple[Tensor, Tensor]):
+    """Every gradient would be zero there, and the model would look as if it had none."""
+    images, labels = digits
+    ensemble, message = Ensemble([network(0)]).eval(), "outside of torch.inference_mode"
+    data = load("digits", "test").take(5)
+    with torch.inference_mode():
+        inside = images.clone()
+        for call in (
+            lambda: evaluate(network(0), digits),
+            lambda: wrap(network(0), images),
+            lambda: PGD(steps=2)(ensemble, images, labels, epsilon=EPSILON),
+            lambda: Evaluation(attacks=(PGD(steps=2),), epsilons=(EPSILON,), draws=1)(ensemble, data),
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
+    with pytest.raises(InputError, match=message):
+        evaluate(network(0), (inside, labels))
+    with torch.no_grad():
+        found = PGD(steps=2)(ensemble, images, labels, epsilon=EPSILON).images
+    assert torch.equal(found, PGD(steps=2)(ensemble, images, labels, epsilon=EPSILON).images)
+
+
+def test_a_plain_module_is_told_how_to_become_a_model(digits: tuple[Tensor, Tensor]):
+    images, labels = digits
+    with pytest.raises(InputError, match=r"got \(50, 10\); make a plain module one by `bitquorum.wrap"):
+        PGD(steps=2)(network(0), images, labels, epsilon=EPSILON)
 
 
 @pytest.mark.parametrize(

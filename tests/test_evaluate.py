@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquorum import rng
-from bitquorum.attacks import FGSM, PGD
+from bitquorum.attacks import FGSM, PGD, Transfer
 from bitquorum.conversion import Policy
 from bitquorum.data import ImageSet
 from bitquorum.ensemble import Ensemble, MajorityVote
@@ -83,6 +83,11 @@ def same(first: Cell, second: Cell) -> bool:
 
 
 # Accuracy that is known
+
+
+def test_sources_that_an_evaluation_does_not_have_are_refused_at_once():
+    with pytest.raises(InputError, match=r"expected attacks from nearest, mean, float, .* from 'nope'; only a ladder"):
+        Evaluation(attacks=(Transfer(source="nope"),))
 
 
 def test_expected_accuracy_of_coins():

@@ -263,6 +263,7 @@ def test_cells_of_other_weights_are_refused(copied: Run):
         ({"trainer": {**TABLE["trainer"], "batch_size": 61}}, "at least one batch of 61 images, got 60"),
         ({"aggregation": {"type": "empir-vote", "full_precision": 1}}, "the place of one of 1 members, got 1"),
         ({"start": "sq", "members": [{"learned": False}]}, "expected weights of arm 'sq' that fit"),
+        ({"shift": 8}, "larger than its shift of 8"),
     ],
 )
 def test_no_arm_is_trained_before_all_could_be(change: dict[str, Any], message: str, tmp_path: Path):

@@ -183,6 +183,14 @@ def test_interrupted_work_resumes_to_the_same_end(
             assert torch.equal(states(copied)[name][key], value), (name, key)
 
 
+def test_a_ladder_that_no_arm_began_is_none(copied: Run):
+    before = ladders(copied)
+    folder = copied.path / "ladders" / "0123456789ab"
+    folder.mkdir()
+    (folder / "ladder.toml").write_text("epsilons = [16.0]")
+    assert ladders(copied) == before
+
+
 def test_a_climb_of_an_earlier_version_goes_on(climbed: Run, tmp_path: Path):
     path = next(climbed.path.glob("ladders/*/sq/climb@*.safetensors"))
     tensors, facts = load_tensors(path)

@@ -58,6 +58,12 @@ class Idle(Attack):
         return problem.images.clone()
 
 
+def test_a_radius_beyond_the_image_is_refused_at_once():
+    with pytest.raises(InputError, match=r"at most 1 in the maximum norm, .* got \(0\.1, 16\.0\); write 8/255"):
+        ladder(epsilons=(0.1, 16.0))
+    assert ladder(norm="l2", epsilons=(0.1, 16.0)).epsilons == (0.1, 16.0)
+
+
 def test_the_worst_case_of_a_linear_model_is_its_robust_accuracy():
     model, examples, epsilon = linear(), examples_of(60), 0.05
     weight, bias = model.members[0].weight, model.members[0].bias

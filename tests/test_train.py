@@ -31,6 +31,7 @@ from bitquorum.objective import (
     InputGradient,
     MemberCrossEntropy,
     Objective,
+    OutputMI,
     Step,
     Term,
     Trades,
@@ -243,7 +244,7 @@ def test_dropout_is_resumed_to_the_same_bits_and_leaves_the_generator_alone(tmp_
 
 def test_a_checkpoint_of_other_settings_images_or_objective_is_refused(tmp_path: Path):
     path = tmp_path / "checkpoint"
-    TRAINER(members(), toy(), OBJECTIVE, checkpoint=path, seed=np.int64(1))
+    TRAINER(members(), toy(), OBJECTIVE, checkpoint=str(path), seed=np.int64(1))
     before = path.read_bytes()
     other = Objective(terms=(MemberCrossEntropy(),))
     for trainer, data, objective in (
@@ -617,6 +618,13 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, bad: float
     ensemble.get_parameter("members.0.5.layer.bias").data.fill_(bad)
     with pytest.raises(DivergedError, match=r"finite loss, got nan before step 2.*lower lr"):
         replace(TRAINER, calibration=0)(ensemble, toy(), Objective())
+
+
+def test_a_term_that_refuses_what_diverged_weights_say_tells_of_these():
+    ensemble = members()
+    ensemble.get_parameter("members.0.5.layer.bias").data.fill_(math.nan)
+    with pytest.raises(DivergedError, match=r"finite logits, got NaN or infinity before step 0; lower lr"):
+        replace(TRAINER, calibration=0)(ensemble, toy(), Objective(terms=(MemberCrossEntropy(), OutputMI())))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -315,6 +315,20 @@ def unanswered(logits: Float[Tensor, "draw member batch classes"]) -> Bool[Tenso
     return ~logits.amax(-1).isfinite().flatten(0, 1).all(0)
 
 
+def check_recorded(images: Tensor, model: object) -> None:
+    """Refuse what torch cannot differentiate: inference mode would make every gradient zero without a word.
+
+    Raises:
+        InputError: inside of `torch.inference_mode`, and for images or weights made there.
+    """
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    if torch.is_inference_mode_enabled() or images.is_inference() or any(weight.is_inference() for weight in weights):
+        raise InputError(
+            "expected a call, images and weights outside of torch.inference_mode, which knows no gradients for an "
+            "attack to follow; leave it, and clone what was made inside"
+        )
+
+
 def check_labels(labels: Int[Tensor, "images"], classes: int) -> None:
     """Refuse labels that are none of the classes.
 

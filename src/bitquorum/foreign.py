@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitquorum import rng
 from bitquorum.conversion import is_stochastic
-from bitquorum.ensemble import Ensemble, check_labels, classifier
+from bitquorum.ensemble import Ensemble, check_labels, check_recorded, classifier
 from bitquorum.interface import InputError
 from bitquorum.relax import relaxed
 
@@ -186,11 +186,7 @@ def wrap(
         >>> [finding.name for finding in model.findings]
         ['probabilities']
     """
-    if isinstance(model, Wrapped | Ensemble) and (mean is not None or std is not None):
-        raise InputError(
-            f"expected a plain module to normalize images for, got a {type(model).__name__} with a mean or a "
-            "deviation; normalization belongs into its members"
-        )
+    _check_module(model, images, normalized=mean is not None or std is not None)
     if isinstance(model, Wrapped):
         return model
     findings: list[Finding] = []
@@ -269,6 +265,17 @@ def _call(model: nn.Module, images: Tensor, seed: int, noise: Noise = "any") -> 
     with rng.draw(seed), _seedable(noise) as set_seed:
         set_seed(seed)
         return output_of(model(images))
+
+
+def _check_module(model: nn.Module, images: Tensor, *, normalized: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}; call yours from a module's forward")
+    check_recorded(images, model)
+    if normalized and isinstance(model, Wrapped | Ensemble):
+        raise InputError(
+            f"expected a plain module to normalize images for, got a {type(model).__name__} with a mean or a "
+            "deviation; normalization belongs into its members"
+        )
 
 
 def _checked(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ _FRACTION = re.compile(r"\d+/0*[1-9]\d*")
 _SCALARS: Mapping[Any, tuple[str, str]] = {
     bool: ("true or false", "write true or false, without quotes"),
     int: ("an integer", "write a whole number, without a point or quotes"),
-    float: ("a finite number", "write a finite number, without quotes"),
+    float: ("a finite number", 'write a finite number without quotes, or a fraction such as "8/255" in them'),
     str: ("a string", "put the value in quotes"),
     Path: ("a path", "put the path in quotes"),
 }
@@ -253,7 +253,7 @@ def _literal(value: Any, hint: Any, path: str) -> Any:
 def _items(value: Any, hint: Any, path: str, side: _Side) -> list[tuple[Any, Any, str]]:
     """Return (item, annotation, path) for the items of a list or tuple."""
     if not isinstance(value, side.reads):
-        advice = "methods hold tuples" if side.writes is list else "write a list in brackets"
+        advice = "methods hold tuples" if side.writes is list else 'write a list in brackets, such as ["8/255"] or [3]'
         raise refusal(path, _describe(hint), value, advice)
     arguments = get_args(hint)
     if arguments[-1] is ...:

@@ -127,7 +127,7 @@ class Trainer(Method):
         objective: Objective,
         *,
         seed: SupportsIndex = 0,
-        checkpoint: Path | None = None,
+        checkpoint: Path | str | None = None,
         report: Callable[[Progress], None] | None = None,
         device: torch.device | str = "cpu",
     ) -> Ensemble:
@@ -150,9 +150,8 @@ class Trainer(Method):
         Warns:
             NoEffectWarning: if no weight of a layer has a gradient.
         """
-        return _Training(self, ensemble, data, objective, operator.index(seed), torch.device(device)).run(
-            checkpoint, report
-        )
+        training = _Training(self, ensemble, data, objective, operator.index(seed), torch.device(device))
+        return training.run(None if checkpoint is None else Path(checkpoint), report)
 
     def check(self, data: ImageSet) -> None:
         """Refuse data that do not fill a batch.
@@ -198,6 +197,10 @@ class _Training:
         seed: int,
         device: torch.device,
     ) -> None:
+        if not isinstance(ensemble, Ensemble):
+            raise InputError(
+                f"expected an ensemble, got {type(ensemble).__name__}; use `bitquorum.Ensemble([network])`"
+            )
         trainer.check(data)
         if trainer.epochs and not any(parameter.requires_grad for parameter in ensemble.parameters()):
             raise InputError(
@@ -309,7 +312,7 @@ class _Training:
             seed = rng.derive(self.seed, "step", self.step)
             self.optimizer.zero_grad(set_to_none=True)
             with rng.torch_seed(rng.derive(seed, "torch", self.rank)):  # of dropout and the like
-                loss, values = self._pass(batch, progress=progress, seed=seed)
+                loss, values = self._refusing_nan(batch, progress=progress, seed=seed)
             self._reduce_gradients(len(batch[0]))
         if self.trainer.clip:
             nn.utils.clip_grad_norm_(self.ensemble.parameters(), self.trainer.clip)
@@ -318,6 +321,21 @@ class _Training:
         self.step += 1
         self._average()
         self._log({"loss": loss, **values, "lr": torch.tensor(rate)})
+
+    def _refusing_nan(
+        self, batch: tuple[Tensor, ...], *, progress: float, seed: int
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Pass a batch; where a term refuses what diverged weights say, tell of these."""
+        try:
+            return self._pass(batch, progress=progress, seed=seed)
+        except InputError as error:
+            with torch.no_grad():
+                finite = bool(self.ensemble(batch[0]).isfinite().all())
+            if finite:
+                raise
+            raise DivergedError(
+                f"expected finite logits, got NaN or infinity before step {self.step}; lower lr or set clip"
+            ) from error
 
     def _pass(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import kernels, rng
-from bitquorum.ensemble import Aggregation, MeanProbability, unanswered
+from bitquorum.ensemble import Aggregation, MeanProbability, check_recorded, unanswered
 from bitquorum.geometry import Norm, ascend, project, random_point
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -123,7 +123,7 @@ class Problem:
         self.meter.add(forward=len(seeds), backward=len(seeds))
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), rng.draw(seeds, self.examples), (surrogate or Surrogate())():
-            loss = criterion(kernels.wide(self.model(leaf)))
+            loss = criterion(self._asked(leaf))
             if not loss.requires_grad:  # no path leads back to the image: an honest zero, which self-checks report
                 return torch.zeros_like(leaf), loss.detach()
             (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
@@ -144,7 +144,17 @@ class Problem:
         """Return the logits at `x` under the given draws."""
         self.meter.add(forward=len(seeds))
         with rng.draw(seeds, self.examples):
-            return kernels.wide(self.model(x))
+            return self._asked(x)
+
+    def _asked(self, x: Float[Tensor, "batch *image"]) -> Float[Tensor, "draw member batch classes"]:
+        logits = self.model(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 4:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(
+                f"expected logits [draw, member, batch, classes] of the model, got {shape}; make a plain module one by "
+                "`bitquorum.wrap(module, images)`, or `bitquorum.Ensemble([module])` of a network of ours"
+            )
+        return kernels.wide(logits)
 
     def project(self, x: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch *image"]:
         """Return the point of the ball within [0, 1] that belongs to `x`."""
@@ -274,9 +284,10 @@ class Attack(Method, ABC):
 
         Raises:
             InputError: for images outside [0, 1] or not finite, labels of the wrong shape, a negative epsilon, a norm
-                that the attack does not have.
+                that the attack does not have, inside of `torch.inference_mode`, and for a model of other outputs.
         """
         check_inputs(images, labels, epsilon, norm)
+        check_recorded(images, model)
         if norm not in self.norms:
             raise InputError(f"expected a norm of {self.label} among {', '.join(self.norms)}, got {norm!r}")
         if examples is None:
@@ -445,6 +456,11 @@ def _take(views: Float[Tensor, "view batch classes"], classes: Int[Tensor, "batc
 
 def check_inputs(images: Tensor, labels: Tensor, epsilon: float, norm: Norm = "linf") -> None:
     """Raise `InputError` for inputs that no attack can take."""
+    for name, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise InputError(f"expected {name} in a torch tensor, got {type(given).__name__}; use torch.as_tensor")
+    if not isinstance(epsilon, int | float):
+        raise InputError(f"expected epsilon as one number, in units of the image, got {epsilon!r}; write 8 / 255")
     if not images.is_floating_point() or images.dim() < 2:
         raise InputError(
             f"expected a float batch of images [batch, ...], got {images.dtype} of shape {tuple(images.shape)}"

@@ -57,7 +57,7 @@ def evaluate(
         return
     if given := [name for name, value in (("--epsilon", epsilon), ("--arm", arm), ("--also", also)) if value]:
         raise ConfigError(
-            f"expected --ladder beside {given[0]}, got none; without it write epsilons=[...], attacks=[...]"
+            f"expected --ladder beside {given[0]}, got none; without it write 'epsilons=[\"8/255\"]' or attacks=[...]"
         )
     table = encode(experiment.experiment_of(stored).evaluation)
     chosen = decode(Evaluation, apply_overrides(table, overrides or []))

@@ -11,8 +11,7 @@ from bitquorum.cli.shared import RUNS, DataRoot, Device, Queries, Root, app, bar
 
 EVERYDAY = ("transfer", "noise", "corruption")  # stored, and printed when asked for
 Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change, such as `draws=20` or `evaluation=DIGEST`; may be given more than once."),
+    list[str] | None, typer.Option("--set", help="Change, such as that of the example; may be given more than once.")
 ]
 
 

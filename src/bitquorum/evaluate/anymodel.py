@@ -96,8 +96,8 @@ def evaluate_model(
         listener: Hears of progress, such as `Printed()`.
 
     Raises:
-        InputError: for bad images or labels, a model that cannot be judged, or a file that cannot be written; the
-            message says why.
+        InputError: for bad images or labels, a model that cannot be judged, a file that cannot be written, or inside of
+            `torch.inference_mode`; the message says why.
         DataError: if the file is corrupt, or keeps the climb of another model, of other images or another ladder.
 
     Examples:
@@ -107,9 +107,9 @@ def evaluate_model(
         True
     """
     chosen = ladder_named(ladder) if isinstance(ladder, str) else ladder
+    check_inputs(images, labels, epsilon, norm or chosen.norm)
     chosen = replace(chosen, epsilons=(epsilon,), examples=0, norm=norm or chosen.norm)
     chosen = chosen if seed is None else replace(chosen, seed=seed)
-    check_inputs(images, labels, epsilon, chosen.norm)
     if not len(images):
         raise InputError("expected at least one image, got none")
     check_sources(sources or ())

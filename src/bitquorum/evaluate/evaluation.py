@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitquorum import rng
 from bitquorum.attacks import FGSM, PGD, Attack
+from bitquorum.attacks.transfer import TWINS
 from bitquorum.data import Batch, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate.accuracy import Accuracy, interval
@@ -83,6 +84,12 @@ class Evaluation(Method):
         labels = [attack.label for attack in self.attacks]
         if len(set(labels)) != len(labels):
             raise InputError(f"expected attacks with different labels, got {labels}")
+        for attack in self.attacks:
+            if (source := getattr(attack, "source", TWINS[0])) not in TWINS:
+                raise InputError(
+                    f"expected attacks from {', '.join(TWINS)}, copies of the ensemble, got {attack.label!r} from "
+                    f"{source!r}; only a ladder has other sources"
+                )
 
     def cells(self) -> list[tuple[str, float]]:
         """Return the (attack label, epsilon) of every cell in order, clean first."""
@@ -114,6 +121,11 @@ class Evaluation(Method):
             on_batch: Called with batches done and batches in all.
             device: Where to compute.
         """
+        if not hasattr(ensemble, "predict"):
+            raise InputError(
+                f"expected an ensemble, got {type(ensemble).__name__}; use `bitquorum.Ensemble([network])`, or "
+                "`evaluate_model` for a module of your own"
+            )
         ensemble = ensemble.to(device).eval().requires_grad_(False)
         known = {(cell.attack, cell.epsilon): cell for cell in done}
         attacks = {attack.label: attack for attack in self.attacks}

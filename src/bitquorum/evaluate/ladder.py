@@ -163,6 +163,11 @@ class Ladder(Method):
     def __post_init__(self) -> None:
         if not self.epsilons or not increasing(self.epsilons) or min(self.epsilons) <= 0:
             raise InputError(f"expected increasing positive epsilons, a millionth apart, got {self.epsilons}")
+        if self.norm == "linf" and max(self.epsilons) > 1:
+            raise InputError(
+                f"expected epsilons of at most 1 in the maximum norm, in units of the image, got {self.epsilons}; "
+                "write 8/255 for 8 of 255 steps"
+            )
         if min(self.draws, self.batch_size) < 1 or min(self.examples, self.check_images) < 0:
             raise InputError(
                 "expected at least one draw and one image per batch, and numbers of images of at least 0, got "

@@ -106,7 +106,11 @@ def ladder_folder(stored: Run, ladder: Ladder) -> Path:
 
 def ladders(stored: Run) -> list[Ladder]:
     """Return the ladders that have been climbed with a run, at least with some of its arms."""
-    return [read_ladder(path) for path in sorted((stored.path / "ladders").glob("*/ladder.toml"))]
+    return [
+        read_ladder(path)
+        for path in sorted((stored.path / "ladders").glob("*/ladder.toml"))
+        if (path.parent / "metrics.jsonl").exists() or any(path.parent.glob("*/climb@*.safetensors"))
+    ]
 
 
 def climbed(stored: Run, ladder: Ladder) -> list[str]:

@@ -215,6 +215,7 @@ def _check_arm(experiment: Experiment, arm: Arm, images: ImageSet) -> None:
                 f"arm {arm.name!r}: expected weights of arm {arm.start!r} that fit, got others; give both arms members "
                 "that are made in the same way"
             )
+    ensemble.looks(torch.zeros(1, *images.shape))
     ensemble.predict(torch.zeros(ensemble.passes, ensemble.answers, 1, len(images.classes)))
 
 

@@ -43,7 +43,7 @@ def distribution(p: Shaped[Tensor, "..."], dim: int | tuple[int, ...], name: str
     if not bool(((sums - 1).abs() <= tolerance(p.dtype)).all() & (values.detach() >= 0).all()):
         raise InputError(
             f"{name}: expected probabilities >= 0 that sum to 1 over dimension {dim}, got a minimum of "
-            f"{float(values.min()):.4g} and sums from {float(sums.min()):.4g} to {float(sums.max()):.4g}; "
+            f"{float(values.detach().min()):.4g} and sums from {float(sums.min()):.4g} to {float(sums.max()):.4g}; "
             "do a softmax, or divide by the sum"
         )
     return values

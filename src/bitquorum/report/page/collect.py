@@ -191,7 +191,7 @@ def _part(path: Path) -> Part:
     for name in _ARM_SHEETS:
         files = sorted(folder.glob(f"*/{name}.jsonl"))
         sheets[name] = tuple({"arm": file.parent.name, **row} for file in files for row in read_jsonl(file))
-    rows = tuple(read_jsonl(folder / "metrics.jsonl"))
+    rows = tuple(read_jsonl(folder / "metrics.jsonl", ("arm",)))
     order = {arm: number for number, arm in enumerate(distinct(rows, "arm"))}
     for name in _ARM_SHEETS:
         sheets[name] = tuple(sorted(sheets[name], key=lambda row: order.get(row["arm"], len(order))))
