@@ -23,6 +23,7 @@ from bitquorum.evaluate import Evaluation
 from bitquorum.experiment import (
     build,
     create,
+    ensembles,
     evaluate,
     experiment_of,
     progress_of,
@@ -244,6 +245,16 @@ def test_finished_cells_are_not_attacked_again(copied: Run, finished: Run, monke
     run(TINY, copied.path.parent)
     assert attacked == ["FGSM"]
     assert contents(copied) == contents(finished)
+
+
+def test_trained_ensembles_come_back_by_name(finished: Run):
+    train_images = training_images(TINY, None)
+    found = ensembles(finished)
+    assert list(found) == [arm.name for arm in TINY.arms]
+    for arm in TINY.arms:
+        assert not found[arm.name].training
+        state = restore_ensemble(TINY, arm, train_images, finished).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in found[arm.name].state_dict().items())
 
 
 def test_cells_of_other_weights_are_refused(copied: Run):

@@ -8,6 +8,7 @@ from bitquorum.experiment.plane import correlations_of, plane_run
 from bitquorum.experiment.runs import (
     build,
     create,
+    ensembles,
     evaluate,
     evaluate_arms,
     experiment_of,
@@ -33,6 +34,7 @@ __all__ = [
     "create",
     "detect_run",
     "differences",
+    "ensembles",
     "evaluate",
     "evaluate_arms",
     "evaluated_images",

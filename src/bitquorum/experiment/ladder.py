@@ -14,7 +14,7 @@ from bitquorum.data import ImageSet, load
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Accuracy, Arena, Climb, Examples, Ladder, Verdict, interval, run_checks
 from bitquorum.evaluate.climbs import mark_of, read_climb, write_climb
-from bitquorum.experiment.runs import choose_arms, experiment_of, restored, working
+from bitquorum.experiment.runs import choose_arms, ensembles, experiment_of, working
 from bitquorum.files import append_jsonl, atomic_write, json_row, read_jsonl, write_jsonl
 from bitquorum.interface import DataError, Listener
 from bitquorum.peers import PeerError, check_peer, second_opinion
@@ -65,17 +65,16 @@ def climb_run(
     with working(stored, experiment, f"ladder {ladder.name}"):
         atomic_write(folder / "ladder.toml", to_toml(encode(ladder)))
         test = ladder.choose(load(experiment.data.name, "test", root=data_root))
-        found = restored(experiment, stored, device=device, data_root=data_root)
-        ensembles = {arm.name: ensemble for arm, ensemble in found}
+        trained = ensembles(stored, device=device, data_root=data_root)
         examples = examples_of(test, device)
         failed: list[PeerError] = []
         for arm in chosen:
-            others = {_held(name): ensemble for name, ensemble in ensembles.items() if name != arm.name}
+            others = {_held(name): ensemble for name, ensemble in trained.items() if name != arm.name}
             if not (folder / arm.name / "verdicts.jsonl").exists():
-                climb_arm(folder / arm.name, ladder, ensembles[arm.name], others, examples, listener)
+                climb_arm(folder / arm.name, ladder, trained[arm.name], others, examples, listener)
             for name in also:
                 try:
-                    _ask(folder / arm.name, ladder, ensembles[arm.name], examples, name, listener)
+                    _ask(folder / arm.name, ladder, trained[arm.name], examples, name, listener)
                 except PeerError as error:
                     failed.append(error)
         rows = _keep(folder, experiment, ladder)

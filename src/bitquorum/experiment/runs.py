@@ -328,6 +328,18 @@ def restored(
         yield arm, judged(restore_ensemble(experiment, arm, train, stored), experiment, arm, device)
 
 
+def ensembles(stored: Run, *, device: str = "cpu", data_root: Path | None = None) -> dict[str, Ensemble]:
+    """Return the trained ensembles of a run by the names of their arms, to be asked or attacked; see `restored`.
+
+    The training images are read for their classes, mean and deviation.
+
+    Raises:
+        DataError: if an arm is not trained, its file does not fit, or the training images are missing.
+    """
+    found = restored(experiment_of(stored), stored, device=device, data_root=data_root)
+    return {arm.name: ensemble for arm, ensemble in found}
+
+
 def judged(ensemble: Ensemble, experiment: Experiment, arm: Arm, device: str) -> Ensemble:
     """Return an arm's ensemble as it is attacked: see `restored`."""
     ensemble = ensemble.to(device).eval().requires_grad_(False)
