@@ -102,7 +102,7 @@ def compare(
     stored = Run.find(runs, query)
     beside = Run.find(runs, other) if other else None
     for rows in compare_run(stored, reference=reference, other=beside):
-        print_table(difference_table(rows))
+        print_table(difference_table(rows).narrow())
     out.print(f"The run lies in [bold]{escape(str(stored.path))}[/bold]", soft_wrap=True)
 
 

@@ -48,7 +48,7 @@ def run_tables(stored: "Run") -> list["Table"]:
     for ladder in ladders(stored):
         tables += ladder_tables(stored, ladder)
         tables += [verdict_table(rows)] if (rows := verdicts(stored, ladder)) else []
-    tables += [difference_table(rows) for rows in differences(stored)]
+    tables += [difference_table(rows).narrow() for rows in differences(stored)]
     return tables + [certificate_table(rows, ceilings(stored)) for _, rows in certificates(stored)]
 
 

@@ -33,6 +33,18 @@ class Table:
         text[1] = text[1].replace(" ", "")
         return "\n".join(text)
 
+    def narrow(self) -> "Table":
+        """Return the table with its columns as rows, where that makes it narrower: a terminal has room for few columns.
+
+        Examples:
+            >>> Table(header=("arm", "clean", "worst"), rows=(("a", "1", "2"),)).narrow()
+            Table(header=('arm', 'a'), rows=(('clean', '1'), ('worst', '2')), note='')
+        """
+        if len(self.header) <= len(self.rows) + 1:
+            return self
+        header, *rows = zip(self.header, *self.rows, strict=True)
+        return Table(header=header, rows=tuple(rows), note=self.note)
+
 
 def epsilon_label(epsilon: float, norm: str | None = None) -> str:
     """Return epsilon in the field's notation, with its norm where that is not the maximum norm.
