@@ -300,9 +300,7 @@ class Ensemble(nn.Module):
         Where logits behind a prediction give no probabilities, it is -1, which is no class: an attack that leads there
         has succeeded.
         """
-        parts = logits.split(self.passes)
-        lost = torch.stack([unanswered(part) for part in parts])
-        return torch.stack([self.aggregation(part).argmax(-1) for part in parts]).masked_fill(lost, -1)
+        return torch.stack([answered(self.aggregation, part) for part in logits.split(self.passes)])
 
     @staticmethod
     def _draws() -> int:
@@ -313,6 +311,11 @@ class Ensemble(nn.Module):
 def unanswered(logits: Float[Tensor, "draw member batch classes"]) -> Bool[Tensor, "batch"]:
     """Return for which images some logits give no probabilities: the largest is NaN or infinite."""
     return ~logits.amax(-1).isfinite().flatten(0, 1).all(0)
+
+
+def answered(aggregation: Aggregation, logits: Float[Tensor, "draw member batch classes"]) -> Int[Tensor, "batch"]:
+    """Return the class of one prediction by all draws, -1 where logits give no probabilities."""
+    return aggregation(logits).argmax(-1).masked_fill(unanswered(logits), -1)
 
 
 def check_recorded(images: Tensor, model: object) -> None:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, final, get_args
 
@@ -451,8 +451,9 @@ class _Training:
         for index, slots in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": torch.as_tensor(slot) for name, slot in slots.items()}
         counts = {"step": self.step, "steps": self.steps, "counted": self.counted, "seed": self.seed}
-        save_tensors(path, state, {"state": json.dumps(counts), "mark": self._mark()})
+        save_tensors(path, state, {"state": json.dumps(counts), "mark": self._mark})
 
+    @cached_property
     def _mark(self) -> str:
         """Return what tells this training from others: its settings, its objective, and images by name and number."""
         settings = replace(self.trainer, checkpoint_seconds=60.0, log_every=20)  # these two may change on the way
@@ -467,7 +468,7 @@ class _Training:
         state, metadata = load_tensors(path, str(self.device))
         try:
             counts = json.loads(metadata["state"])
-            self._accept(path, state, counts, metadata.get("mark", self._mark()))  # earlier versions wrote none
+            self._accept(path, state, counts, metadata.get("mark", self._mark))  # earlier versions wrote none
         except (KeyError, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -482,7 +483,7 @@ class _Training:
                 f"{path}: expected a checkpoint of a training of {self.steps} steps with seed {self.seed}, got "
                 f"{counts['steps']} steps with seed {counts['seed']}; remove it to begin anew"
             )
-        if mark != self._mark():
+        if mark != self._mark:
             raise InputError(
                 f"{path}: expected a checkpoint of this training, got one with other settings, another objective or "
                 "other images; remove it to begin anew, or name another file"

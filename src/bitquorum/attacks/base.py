@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitquorum import kernels, rng
-from bitquorum.ensemble import Aggregation, MeanProbability, check_recorded, unanswered
+from bitquorum.ensemble import Aggregation, MeanProbability, answered, check_recorded
 from bitquorum.geometry import Norm, ascend, project, random_point
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -377,8 +377,7 @@ def error_share(
         >>> float(error_share(logits, torch.tensor([0]), MajorityVote())) > 0  # two of three vote for the other class
         True
     """
-    draws = logits.split(1)
-    wrong = torch.stack([(aggregation(draw).argmax(-1) != labels) | unanswered(draw) for draw in draws])
+    wrong = torch.stack([answered(aggregation, draw) != labels for draw in logits.split(1)])
     margin = error_margin(logits, labels)
     return wrong.to(margin.dtype).mean(0) - 0.5 + margin.tanh() / (2 * len(logits))
 

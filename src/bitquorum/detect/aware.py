@@ -11,7 +11,7 @@ from bitquorum.attacks import AttackResult, Kind, Problem, pooled_loss
 from bitquorum.attacks.apgd import wrong_classes
 from bitquorum.attacks.base import check_inputs, error_margin, targeted_loss
 from bitquorum.detect.calibration import Detector, has_pairs
-from bitquorum.ensemble import unanswered
+from bitquorum.ensemble import answered
 from bitquorum.geometry import Norm, per_example
 from bitquorum.interface import Cost, InputError, Method, Model
 from bitquorum.quantizers import Surrogate
@@ -179,9 +179,7 @@ class Evasive(Method):
         parts = [
             problem.logits(x, seeds=problem.seeds(detector.passes, "selection", look)) for look in range(self.looks)
         ]
-        wrong = torch.stack(
-            [(detector.aggregation(part).argmax(-1) != problem.labels) | unanswered(part) for part in parts]
-        )
+        wrong = torch.stack([answered(detector.aggregation, part) != problem.labels for part in parts])
         scores = torch.stack([detector.scores(part) for part in parts])
         accepted = scores <= detector.threshold
         margin = error_margin(torch.cat(parts), problem.labels)

@@ -35,7 +35,7 @@ from bitquorum.detect.statistics import (
     scores_of,
 )
 from bitquorum.detect.window import WindowMI, resampled
-from bitquorum.ensemble import Aggregation, unanswered
+from bitquorum.ensemble import Aggregation, answered, unanswered
 from bitquorum.evaluate import CLEAN
 from bitquorum.interface import InputError, Method
 
@@ -293,7 +293,7 @@ def _see(observed: Observed, images: int, aggregation: Aggregation, scores: Tens
         },
         rows=torch.arange(images, device=labels.device) if observed.rows is None else observed.rows,
         scores=torch.zeros(len(labels)) if scores is None else scores,
-        right=(aggregation(observed.logits).argmax(-1) == labels) & ~unanswered(observed.logits),
+        right=answered(aggregation, observed.logits) == labels,
     )
 
 

@@ -14,7 +14,7 @@ from bitquorum.attacks.base import check_inputs
 from bitquorum.detect.calibration import held_out_scores, p_values, threshold_at
 from bitquorum.detect.reference import CleanReference
 from bitquorum.detect.statistics import InputStatistic, PredictionMI, scores_of
-from bitquorum.ensemble import Ensemble, check_labels, unanswered
+from bitquorum.ensemble import Ensemble, answered, check_labels, unanswered
 from bitquorum.interface import InputError
 from bitquorum.registry import decode, encode
 
@@ -239,9 +239,9 @@ class Guard(nn.Module):
         with rng.draw(rng.derive_many(first, self.passes, "guard", *others), ambient.examples if ambient else None):
             logits = self.ensemble(images)
         probability = logits.softmax(-1).mean((0, 1))
-        lost, score = unanswered(logits), scores_of(self.statistic, logits, CleanReference(joints=self.joints))
+        score = scores_of(self.statistic, logits, CleanReference(joints=self.joints))
         return Guarded(
-            prediction=self.ensemble.aggregation(logits).argmax(-1).masked_fill(lost, -1),
+            prediction=answered(self.ensemble.aggregation, logits),
             accepted=score <= self.threshold,  # written so that NaN is rejected
             sets=1 - probability <= self.quantile,
             statistic=score,
