@@ -66,7 +66,7 @@ def main() -> None:
     data = training_images(experiment, None)
     chosen, rows = data.take(arguments.images), []
     for arm in experiment.arms:
-        ensemble = restore_ensemble(experiment, arm, data, stored).requires_grad_(False)
+        ensemble = restore_ensemble(experiment, arm, stored).requires_grad_(False)
         size = (arm.trainer or experiment.trainer).batch_size
         for index, member in enumerate(ensemble.members):
             found = measure(member, chosen, size, arguments.epsilon)

@@ -455,6 +455,36 @@ def test_corrupt_files_and_foreign_folders_are_named(
     assert str(path) in refused(capsys, monkeypatch, "run", tiny, "--runs", str(folder))
 
 
+@pytest.mark.parametrize("command", ["show", "report"])
+@pytest.mark.parametrize(
+    ("column", "text", "message"),
+    [
+        ("value", '"x"', "expected a number or null as 'value' in line 1 of"),
+        ("epsilon", "{}", "expected a number as 'epsilon' in line 1 of"),
+        ("images", "null", "expected a number as 'images' in line 1 of"),
+        ("high", None, "expected the column 'high' in line 1 of"),
+    ],
+)
+def test_a_spoiled_row_is_named(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    column: str,
+    text: str | None,
+    message: str,
+):
+    shutil.copytree(runs, tmp_path / "runs")
+    (rows,) = (tmp_path / "runs").glob("tiny-*/evaluations/*/metrics.jsonl")
+    first, *rest = rows.read_text().splitlines()
+    row = {key: json.dumps(value) for key, value in json.loads(first).items() if key != column}
+    row |= {column: text} if text else {}
+    line = "{" + ", ".join(f'"{key}": {value}' for key, value in row.items()) + "}"
+    rows.write_text("\n".join([line, *rest]) + "\n")
+    assert message in refused(capsys, monkeypatch, command, "tiny", "--runs", str(tmp_path / "runs"))
+
+
 def test_one_bad_run_leaves_the_list_of_the_others(runs: Path, tmp_path: Path):
     shutil.copytree(runs, tmp_path / "runs")
     (bad,) = (tmp_path / "runs").glob("tiny-*")

@@ -248,13 +248,53 @@ def test_finished_cells_are_not_attacked_again(copied: Run, finished: Run, monke
 
 
 def test_trained_ensembles_come_back_by_name(finished: Run):
-    train_images = training_images(TINY, None)
     found = ensembles(finished)
     assert list(found) == [arm.name for arm in TINY.arms]
     for arm in TINY.arms:
         assert not found[arm.name].training
-        state = restore_ensemble(TINY, arm, train_images, finished).state_dict()
+        state = restore_ensemble(TINY, arm, finished).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in found[arm.name].state_dict().items())
+
+
+def without_data(stored: Run) -> Run:
+    """Return a run with the name of a data set that is not here."""
+    config = stored.path / "config.toml"
+    config.write_text(config.read_text().replace('name = "digits"', 'name = "cifar10"'))
+    return stored
+
+
+def same_state(one: Ensemble, other: Ensemble) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return list(mine) == list(theirs) and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def test_a_trained_run_is_all_that_its_ensembles_take(finished: Run, copied: Run, tmp_path: Path):
+    images = training_images(TINY, None)
+    found = ensembles(without_data(copied), data_root=tmp_path)
+    for arm in TINY.arms:
+        assert same_state(found[arm.name], ensembles(finished)[arm.name])
+        begun = build(TINY, arm, images).state_dict()
+        constants = [name for name in begun if name.endswith(("normalize.mean", "normalize.std"))]
+        assert constants
+        assert all(torch.equal(found[arm.name].state_dict()[name], begun[name]) for name in constants)
+
+
+def test_weights_without_shape_and_classes_take_the_training_images(finished: Run, copied: Run, tmp_path: Path):
+    for path in copied.path.glob("arms/*/weights.safetensors"):
+        save_tensors(path, load_tensors(path)[0])
+    found = ensembles(copied)
+    assert all(same_state(found[name], ensemble) for name, ensemble in ensembles(finished).items())
+    with pytest.raises(MissingDataError, match="bitquorum data get cifar10"):
+        ensembles(without_data(copied), data_root=tmp_path)
+
+
+@pytest.mark.parametrize("shape", ["[1, 8]", "eight", '["a", 8, 8]', "8"])
+def test_weights_for_images_of_no_shape_are_refused(copied: Run, shape: str):
+    for path in copied.path.glob("arms/*/weights.safetensors"):
+        tensors, facts = load_tensors(path)
+        save_tensors(path, tensors, {**facts, "shape": shape})
+    with pytest.raises(DataError, match="expected the shape and classes of the images of arm 'vanilla'"):
+        ensembles(copied)
 
 
 def test_cells_of_other_weights_are_refused(copied: Run):
@@ -623,7 +663,7 @@ def test_an_arm_may_bring_its_own_trainer(tmp_path: Path):
 
 def test_restored_ensembles_predict_as_the_trained_ones(finished: Run):
     images = training_images(TINY, None)
-    ensembles = [restore_ensemble(TINY, TINY.arms[0], images, finished) for _ in range(2)]
+    ensembles = [restore_ensemble(TINY, TINY.arms[0], finished) for _ in range(2)]
     assert torch.equal(*(ensemble.eval()(images.images) for ensemble in ensembles))
     assert not torch.equal(ensembles[0](images.images), build(TINY, TINY.arms[0], images)(images.images))
 

@@ -12,7 +12,6 @@ import torch
 from bitquorum import peers, rng
 from bitquorum.attacks import FGSM, PGD, Attack, RandomNoise, Transfer
 from bitquorum.config import Experiment, parse
-from bitquorum.data import load
 from bitquorum.evaluate import Climb, Ladder, SequentialTest
 from bitquorum.evaluate.climbs import read_climb
 from bitquorum.evaluate.selfchecks import CHECKS
@@ -133,7 +132,7 @@ def test_rows_state_the_bracket_and_every_rung(climbed: Run):
 
 def test_the_stored_images_are_judged_as_stored(climbed: Run, experiment: Experiment):
     arm = experiment.arms[1]
-    model = restore_ensemble(experiment, arm, load("digits", "train"), climbed).eval()
+    model = restore_ensemble(experiment, arm, climbed).eval()
     (path,) = climbed.path.glob("ladders/*/sq/climb@0.125490.safetensors")
     tensors, _ = load_tensors(path)
     seeds = [rng.derive(rng.derive(LADDER.seed, "judge"), "draw", draw, 0) for draw in range(LADDER.draws)]

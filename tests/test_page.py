@@ -27,7 +27,7 @@ from bitquorum.files import append_jsonl, atomic_write, read_jsonl, save_tensors
 from bitquorum.interface import DataError, InputError, NoEffectWarning
 from bitquorum.registry import digest
 from bitquorum.report.page import collect, curves, detectors, planes, write, write_figures, write_page
-from bitquorum.report.page.examples import example_sets
+from bitquorum.report.page.examples import _votes, example_sets
 from bitquorum.report.page.figures import PALETTE, Axis, Figure, Selector
 from bitquorum.report.page.look import Look
 from bitquorum.report.page.sections import PLOTTED, Page
@@ -681,6 +681,13 @@ def test_example_images_are_the_stored_ones(runs: list[Run]):
     assert torch.equal(pixels, (stored * 255).round().long())
     assert all(sum(part for _, part in votes) == pytest.approx(1.0) for votes in found.examples[0].votes)
     assert len(found.examples[0].votes) == 3
+
+
+def test_a_vote_without_an_answer_is_shown_as_none():
+    logits = torch.zeros(4, 1, 1, 3)
+    logits[..., 2] = 5.0
+    logits[0, ..., 1] = math.nan
+    assert _votes(logits, ("cat", "dog", "frog")) == [((("frog", 0.75), ("no answer", 0.25)),)]
 
 
 def test_values_keep_six_digits_and_choices_filter():

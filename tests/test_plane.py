@@ -49,6 +49,23 @@ def test_members_that_say_the_same_share_the_entropy_of_their_votes():
     assert point["residual_low"] > 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_vote_without_an_answer_is_not_one_for_the_first_class(value: float):
+    labels = torch.arange(400) % 4
+    votes = says(labels.expand(2, 2, -1), 4)
+    silent = votes.clone()
+    silent[:, 1, labels == 0] = value
+    whole, point = (place(Ensemble(MEMBERS), logits, labels) for logits in (votes, silent))
+    assert point["member_accuracy"] == [1.0, 0.75]
+    assert point["accuracy"] == 0.75
+    for name in ("label_mi", "pair_mi", "conditional_mi"):  # it still says which images these are
+        assert point[name] == pytest.approx(whole[name], abs=0.02), name
+    assert point["pair_matrix"][1][1] == pytest.approx(2.0, abs=0.02)
+    silent[:, 1] = value  # of which nothing can be learned
+    point = place(Ensemble(MEMBERS), silent, labels)
+    assert (point["member_accuracy"], point["pair_mi"]) == ([1.0, 0.0], pytest.approx(0.0, abs=0.02))
+
+
 def test_members_that_err_independently_lie_on_the_reference():
     labels = torch.arange(500) % 10
     points = [place(Ensemble(MEMBERS), says(voters(0.7, labels, seed=seed), 10), labels) for seed in range(12)]

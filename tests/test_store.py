@@ -1,5 +1,6 @@
 """Test that a run folder survives kills, corruption and a second process."""
 
+import copy
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from bitquorum.environment import environment
 from bitquorum.files import (
     append_jsonl,
     atomic_write,
+    extended,
     load_tensors,
     read_jsonl,
     save_tensors,
@@ -77,6 +79,46 @@ def test_a_corrupt_line_is_named(tmp_path: Path):
     path.write_bytes(b'{"a": 1}\n\xff\xfe\n')
     with pytest.raises(DataError, match="line 2"):
         read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "wanted"),
+    [
+        ("arm", "5", "text"),
+        ("attack", "null", "text"),
+        ("epsilon", '"5/255"', "a number"),
+        ("value", '"x"', "a number or null"),
+        ("value", "true", "a number or null"),
+        ("low", "null", "a number"),
+        ("alone_value_high", "[1]", "a number"),
+        ("passed", '"yes"', "true, false or null"),
+        ("fpr", "0.5", "a list"),
+        ("pair_matrix", "{}", "a list or null"),
+    ],
+)
+def test_a_column_of_another_type_is_refused(tmp_path: Path, column: str, text: str, wanted: str):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"{column}_of": {text}}}\n{{"{column}": {text}}}\n')
+    with pytest.raises(DataError, match=rf"expected {wanted} as '{column}' in line 2 of .*metrics\.jsonl, got"):
+        read_jsonl(path)
+
+
+def test_numbers_may_be_whole_and_some_results_null(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"value": None, "passed": None, "pair_mi_low": None}, {"value": 1, "epsilon": 0, "passed": True}]
+    append_jsonl(path, rows)
+    assert read_jsonl(path) == rows
+
+
+def test_a_missing_column_is_named_when_it_is_asked_for(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, [{"a": 1}, {"b": 2}])
+    _, row = read_jsonl(path)
+    for asked in (row, extended(row, c=3), copy.deepcopy(row)):
+        assert asked["b"] == 2
+        assert asked.get("a") is None
+        with pytest.raises(DataError, match=r"expected the column 'a' in line 2 of .*metrics\.jsonl, got only b"):
+            asked["a"]
 
 
 def test_a_bad_row_leaves_the_file_alone(tmp_path: Path):

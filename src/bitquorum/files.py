@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import torch
@@ -14,6 +15,52 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bitquorum.interface import DataError, InputError
+
+_COLUMNS = {
+    "text": "arm attack axis kind layer law members name norm peer quantity reason reference role rung split statement "
+    "statistic threat",
+    "a number": "accuracy adjusted_p alone_value attacked backward bits broke calibration classes draws epsilon "
+    "forward high images label_mi loss low lr member noise_bits p parameters points rate_bits seconds step worst_by",
+    "a number or null": "accepted_right auroc conditional_mi excess false_positives fooled level p_value pair_mi "
+    "pearson reference_mi rejected residual right_or_rejected soft_mi spearman threshold tpr1 tpr5 value",
+    "true, false or null": "passed",
+    "a list": "attacked_counts clean_counts edges fpr label_matrix tpr",
+    "a list or null": "pair_matrix",
+}
+_WANTED = {name: wanted for wanted, names in _COLUMNS.items() for name in names.split()}
+_TYPES = {
+    "text": {str},
+    "a number": {int, float},
+    "a number or null": {int, float, NoneType},
+    "true, false or null": {bool, NoneType},
+    "a list": {list},
+    "a list or null": {list, NoneType},
+}
+
+
+class Row(dict[str, Any]):
+    """Hold a stored row, which says where it lies when a column is asked for that it lacks."""
+
+    def __init__(self, columns: Mapping[str, Any], place: str) -> None:
+        super().__init__(columns)
+        self.place = place
+
+    def __missing__(self, column: str) -> Any:
+        raise DataError(
+            f"expected the column {column!r} in {self.place}, got only {', '.join(self)}; restore the file or remove "
+            "the line"
+        )
+
+
+def extended(row: Mapping[str, Any], **columns: Any) -> dict[str, Any]:
+    """Return a row with some columns more, or others; one that was stored still knows its place.
+
+    Examples:
+        >>> extended({"a": 1}, b=2)
+        {'a': 1, 'b': 2}
+    """
+    wider = {**row, **columns}
+    return Row(wider, row.place) if isinstance(row, Row) else wider
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
@@ -79,7 +126,8 @@ def read_jsonl(path: Path | str, keys: Collection[str] = ()) -> list[dict[str, A
         keys: What every row must hold.
 
     Raises:
-        DataError: if a complete line is no JSON object with these keys, or holds NaN; the message names the line.
+        DataError: if a complete line is no JSON object with these keys, holds NaN, or text where all our files have a
+            number, or the reverse; and later, if a row is asked for a column that it lacks. The message names the line.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -220,7 +268,20 @@ def _parse(line: bytes, path: Path | str, number: int, keys: Collection[str]) ->
             f"expected a JSON object{wanted} in line {number} of {path}, got {line[:60]!r}; restore the file or remove "
             "the line"
         )
-    return row
+    for column, value in row.items():
+        _check_column(column, value, path, number)
+    return Row(row, f"line {number} of {path}")
+
+
+def _check_column(column: str, value: Any, path: Path | str, number: int) -> None:
+    """Refuse a value of another type than every file of ours has in a column of this name."""
+    named = column.removesuffix("_low").removesuffix("_high")
+    wanted = _WANTED.get(named, "")
+    if wanted and type(value) not in _TYPES[wanted]:
+        raise DataError(
+            f"expected {wanted} as {column!r} in line {number} of {path}, got {value!r}; restore the file or remove "
+            "the line"
+        )
 
 
 def _refuse(constant: str) -> None:

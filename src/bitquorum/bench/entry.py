@@ -18,7 +18,7 @@ from bitquorum.detect.detection import LEAST_CALIBRATION
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Arena
 from bitquorum.evaluate.complexity import complexity
-from bitquorum.experiment import create, restore_ensemble, train, training_images
+from bitquorum.experiment import create, restore_ensemble, train
 from bitquorum.experiment.ladder import climb_arm, examples_of, read_climb
 from bitquorum.experiment.runs import judged
 from bitquorum.files import atomic_write, json_row, read_jsonl
@@ -92,10 +92,9 @@ def _measure(
     started = time.monotonic()
     folder, arm = entry_folder(entry, root), entry.experiment.arms[0]
     atomic_write(folder / "entry.toml", to_toml(encode(entry)))
-    train_images = training_images(entry.experiment, data_root)
 
     def restored(chosen: Experiment) -> Ensemble:
-        found = restore_ensemble(chosen, chosen.arms[0], train_images, create(chosen, root / CELLS))
+        found = restore_ensemble(chosen, chosen.arms[0], create(chosen, root / CELLS), data_root=data_root)
         return judged(found, chosen, chosen.arms[0], device)
 
     test = load(entry.experiment.data.name, "test", root=data_root)

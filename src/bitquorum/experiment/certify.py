@@ -11,7 +11,7 @@ from bitquorum.config import Arm
 from bitquorum.data import ImageSet, load
 from bitquorum.experiment.ladder import ladder_rows, ladders
 from bitquorum.experiment.runs import experiment_of, restored, working
-from bitquorum.files import atomic_write, load_tensors, read_jsonl, save_tensors, write_jsonl
+from bitquorum.files import atomic_write, extended, load_tensors, read_jsonl, save_tensors, write_jsonl
 from bitquorum.interface import DataError, Listener
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
@@ -92,7 +92,7 @@ def ceilings(stored: Run) -> list[dict[str, Any]]:
     named = [(f"ladder {ladder.name}", ladder_rows(stored, ladder)) for ladder in ladders(stored)]
     grids = sorted(stored.path.glob("evaluations/*/metrics.jsonl"))
     named += [("evaluation", read_jsonl(path)) for path in grids]
-    return [{**row, "ceiling": name} for name, rows in named for row in rows]
+    return [extended(row, ceiling=name) for name, rows in named for row in rows]
 
 
 def read_certificate(path: Path) -> Certificate:

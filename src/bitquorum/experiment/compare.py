@@ -129,6 +129,8 @@ def _rates(folder: Path, arm: str) -> _Rates:
     """Return each image's rate of being right by attack and epsilon; none where the arm is not attacked to the end."""
     try:
         return {(row["attack"], row["epsilon"]): _rate(row["right"], row["draws"]) for row in _outcomes(folder, arm)}
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         path = folder / _OUTCOMES
         raise DataError(
@@ -163,4 +165,4 @@ def _outcomes(folder: Path, arm: str) -> list[dict[str, Any]]:
         {"arm": arm, "attack": attack, "epsilon": epsilon, "draws": len(right), "right": right.sum(0).tolist()}
         for (attack, epsilon), right in correct.items()
     ]
-    return rows or [row for row in read_jsonl(folder / _OUTCOMES) if row.get("arm") == arm]
+    return rows or [dict(row) for row in read_jsonl(folder / _OUTCOMES) if row.get("arm") == arm]

@@ -1,5 +1,6 @@
 """Run an experiment into the store: build, train, attack; every part resumes where a kill left it."""
 
+import json
 import re
 import time
 import tomllib
@@ -85,8 +86,8 @@ def run(
     if _is_trained(experiment, stored) and _is_complete(experiment, experiment.evaluation, results(stored)):
         return stored
     listener = listener or Listener()
-    train = training_images(experiment, data_root)
-    _test_images(experiment, experiment.evaluation, train, data_root)  # what is wrong is better known before training
+    made_for = _made_for(training_images(experiment, data_root))
+    _test_images(experiment, experiment.evaluation, made_for, data_root)  # better refused before the training
     with working(stored, experiment, "run"):
         train_arms(experiment, stored, experiment.arms, device=device, data_root=data_root, listener=listener)
         if _first():
@@ -229,9 +230,9 @@ def evaluate_arms(
     listener: Listener,
 ) -> list[dict[str, Any]]:
     """Attack every arm, cell by cell, and store outcomes and rows."""
-    train = training_images(experiment, data_root)
-    test = _test_images(experiment, evaluation, train, data_root)
-    ensembles = [restore_ensemble(experiment, arm, train, stored) for arm in experiment.arms]  # all, before any attack
+    made_for, _ = _trained(experiment, experiment.arms[0], stored, data_root)
+    test = _test_images(experiment, evaluation, made_for, data_root)
+    ensembles = [restore_ensemble(experiment, arm, stored, data_root=data_root) for arm in experiment.arms]
     folder = evaluation_folder(stored, evaluation)
     atomic_write(folder / "evaluation.toml", to_toml(encode(evaluation)))
     rows: list[dict[str, Any]] = []
@@ -255,17 +256,20 @@ def evaluate_arms(
     return rows
 
 
-def _test_images(experiment: Experiment, evaluation: Evaluation, train: ImageSet, data_root: Path | None) -> ImageSet:
+def _test_images(
+    experiment: Experiment, evaluation: Evaluation, made_for: "_MadeFor", data_root: Path | None
+) -> ImageSet:
     """Return the images that an evaluation attacks.
 
     Raises:
         DataError: if they are not of the shape and classes of the training images.
     """
     test = load(experiment.data.name, "test", root=data_root)
-    if (train.shape, train.classes) != (test.shape, test.classes):
+    if _made_for(test) != made_for:
+        shape, classes = made_for
         raise DataError(
-            f"{test.name}: expected test images like the training images, of shape {train.shape} in "
-            f"{len(train.classes)} classes, got {test.shape} in {len(test.classes)}; mend the data set"
+            f"{test.name}: expected test images like the training images, of shape {shape} in {len(classes)} classes, "
+            f"got {test.shape} in {len(test.classes)}; mend the data set"
         )
     return evaluation.choose(test)
 
@@ -280,19 +284,22 @@ def training_images(experiment: Experiment, data_root: Path | None) -> ImageSet:
 
 def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
     """Return an arm's ensemble before training; equal positions start from equal weights in every arm."""
-    mean, std = _statistics(images) if experiment.data.normalize else (None, None)
-    channels = images.shape[0]
+    constants = _statistics(images) if experiment.data.normalize else None
+    return _built(experiment, arm, _made_for(images), constants)
+
+
+def _built(
+    experiment: Experiment,
+    arm: Arm,
+    made_for: "_MadeFor",
+    constants: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Ensemble:
+    shape, classes = made_for
+    mean, std = constants or ((0.0,) * shape[0], (1.0,) * shape[0])
     networks = []
     for index in range(len(arm.members)):
         with rng.torch_seed(rng.derive(experiment.seed, "weights", index)):
-            networks.append(
-                arm.network(
-                    classes=len(images.classes),
-                    shape=images.shape,
-                    mean=mean or (0.0,) * channels,
-                    std=std or (1.0,) * channels,
-                )
-            )
+            networks.append(arm.network(classes=len(classes), shape=shape, mean=mean, std=std))
     return Ensemble.build(
         networks,
         arm.members,
@@ -304,13 +311,16 @@ def build(experiment: Experiment, arm: Arm, images: ImageSet) -> Ensemble:
     )
 
 
-def restore_ensemble(experiment: Experiment, arm: Arm, images: ImageSet, stored: Run) -> Ensemble:
+def restore_ensemble(experiment: Experiment, arm: Arm, stored: Run, *, data_root: Path | None = None) -> Ensemble:
     """Return an arm's trained ensemble.
+
+    Its file holds all that it takes. Where an earlier version kept no shape and classes, the training images are read.
 
     Raises:
         DataError: if it is not trained or its file does not fit.
     """
-    return _filled(build(experiment, arm, images), _weights(stored, arm), arm)
+    made_for, weights = _trained(experiment, arm, stored, data_root)
+    return _filled(_built(experiment, arm, made_for), weights, _weights(stored, arm), arm)
 
 
 def restored(
@@ -323,18 +333,18 @@ def restored(
     Raises:
         DataError: if an arm is not trained or its file does not fit.
     """
-    train = training_images(experiment, data_root)
     for arm in experiment.arms:
-        yield arm, judged(restore_ensemble(experiment, arm, train, stored), experiment, arm, device)
+        ensemble = restore_ensemble(experiment, arm, stored, data_root=data_root)
+        yield arm, judged(ensemble, experiment, arm, device)
 
 
 def ensembles(stored: Run, *, device: str = "cpu", data_root: Path | None = None) -> dict[str, Ensemble]:
     """Return the trained ensembles of a run by the names of their arms, to be asked or attacked; see `restored`.
 
-    The training images are read for their classes, mean and deviation.
+    The folder of the run is all that it takes (see `restore_ensemble`).
 
     Raises:
-        DataError: if an arm is not trained, its file does not fit, or the training images are missing.
+        DataError: if an arm is not trained or its file does not fit.
     """
     found = restored(experiment_of(stored), stored, device=device, data_root=data_root)
     return {arm.name: ensemble for arm, ensemble in found}
@@ -348,12 +358,41 @@ def judged(ensemble: Ensemble, experiment: Experiment, arm: Arm, device: str) ->
     return ensemble.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
-def _filled(ensemble: Ensemble, path: Path, arm: Arm) -> Ensemble:
-    """Return an arm's ensemble with the trained weights at `path`, its own or those that it starts from."""
+_MadeFor = tuple[tuple[int, int, int], tuple[str, ...]]  # the shape of an image, and the classes
+
+
+def _made_for(images: ImageSet) -> _MadeFor:
+    return images.shape, tuple(images.classes)
+
+
+def _trained(
+    experiment: Experiment, arm: Arm, stored: Run, data_root: Path | None
+) -> tuple[_MadeFor, dict[str, Tensor]]:
+    """Return the images that an arm was trained for, and its weights."""
+    path = _weights(stored, arm)
+    weights, facts = _read_weights(path)
+    if "shape" not in facts:  # written by an earlier version
+        return _made_for(training_images(experiment, data_root)), weights
+    try:
+        (channels, height, width), classes = json.loads(facts["shape"]), json.loads(facts["classes"])
+        return ((int(channels), int(height), int(width)), tuple(map(str, classes))), weights
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"expected the shape and classes of the images of arm {arm.name!r} in {path}, got {facts}; remove the file "
+            "and train again"
+        ) from error
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise DataError(f"expected trained weights at {path}, got none; train the run first with `bitquorum train`")
+    return load_tensors(path)
+
+
+def _filled(ensemble: Ensemble, weights: dict[str, Tensor], path: Path, arm: Arm) -> Ensemble:
+    """Return an arm's ensemble with the trained weights of `path`, its own or those that it starts from."""
     try:
-        ensemble.load_state_dict(load_tensors(path)[0])
+        ensemble.load_state_dict(weights)
     except RuntimeError as error:
         start = ", or give both arms the same members" if arm.start == path.parent.name else ""
         raise DataError(
@@ -393,7 +432,8 @@ def _train_arm(
     trainer, folder = arm.trainer or experiment.trainer, _weights(stored, arm).parent
     ensemble, seed = build(experiment, arm, images), rng.derive(experiment.seed, "training")
     if arm.start is not None:
-        ensemble = _filled(ensemble, folder.parent / arm.start / "weights.safetensors", arm)
+        path = folder.parent / arm.start / "weights.safetensors"
+        ensemble = _filled(ensemble, _read_weights(path)[0], path, arm)
         trainer, seed = replace(trainer, calibration=0), rng.derive(experiment.seed, "training", arm.start)
     listener.begin(f"train {arm.name}", trainer.epochs * (len(images) // trainer.batch_size))
     checkpoint = folder / "checkpoint.safetensors"
@@ -410,7 +450,8 @@ def _train_arm(
     if dist.is_initialized():
         dist.barrier()  # every process has read the checkpoint before the first one removes it
     if _first():
-        save_tensors(folder / "weights.safetensors", ensemble.state_dict())
+        shape, classes = map(json.dumps, _made_for(images))
+        save_tensors(folder / "weights.safetensors", ensemble.state_dict(), {"shape": shape, "classes": classes})
         checkpoint.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.barrier()

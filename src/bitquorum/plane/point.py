@@ -1,6 +1,7 @@
 r"""Compute the coordinates of one threat in the plane, from what the members said.
 
-A vote is a member's most probable class under one draw. The table of two members is that of their votes over images
+A vote is a member's most probable class under one draw; logits that give no probabilities (NaN, or an infinite largest
+one) are a vote of their own, right for no image. The table of two members is that of their votes over images
 and draws, those of the same draw paired. All information is in bits. Bias and interval come from leaving out one image
 at a time (`information.jackknife`): draws of the same image are no further images. What a draw of the weights gives to
 all images that meet it falls with the number of draws and is not in the interval.
@@ -77,9 +78,10 @@ def place(
         )
     whole = draws - draws % ensemble.passes if draws >= ensemble.passes else draws
     accuracy = interval(ensemble.predict(logits[:whole]) == labels)
-    votes = F.one_hot(logits.argmax(-1), classes).double()
+    choices = logits.argmax(-1).masked_fill(~logits.amax(-1).isfinite(), classes)
+    votes = F.one_hot(choices, max(classes, int(choices.max()) + 1)).double()
     truth = F.one_hot(labels, classes).double()
-    right = (votes * truth).sum(-1).mean(0)
+    right = (votes[..., :classes] * truth).sum(-1).mean(0)
     row: dict[str, Any] = {"images": images, "draws": draws, "classes": classes}
     row |= {"accuracy": accuracy.value, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
     row["member_accuracy"] = right.mean(1).tolist()
@@ -92,7 +94,7 @@ def place(
 
 def _pair_quantities(votes: Tensor, truth: Tensor, right: Tensor) -> dict[str, Any]:
     """Return what needs two members; `None` throughout for one. Tables are held of one pair at a time."""
-    draws, members, _, classes = votes.shape
+    (draws, members), classes = votes.shape[:2], truth.shape[-1]
     chosen = pairs(members)
     names = ("pair_mi", "conditional_mi", "residual", "excess")
     empty = {f"{name}{end}": None for name in names for end in ("", "_low", "_high")}

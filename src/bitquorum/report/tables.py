@@ -104,7 +104,7 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
 
 def percent(row: Mapping[str, Any] | None) -> str:
     """Return a row's accuracy in percent with its interval, where it has one; a dash for no row."""
-    if not row:
+    if not row or row["value"] is None:
         return "-"
     if "low" not in row:
         return f"{100 * row['value']:.1f}"

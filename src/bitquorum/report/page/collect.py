@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitquorum.files import read_jsonl
+from bitquorum.files import extended, read_jsonl
 from bitquorum.interface import InputError
 from bitquorum.registry import digest
 from bitquorum.store import Run
@@ -190,7 +190,7 @@ def _part(path: Path) -> Part:
     sheets = {name: tuple(read_jsonl(folder / f"{name}.jsonl")) for name in _SHEETS}
     for name in _ARM_SHEETS:
         files = sorted(folder.glob(f"*/{name}.jsonl"))
-        sheets[name] = tuple({"arm": file.parent.name, **row} for file in files for row in read_jsonl(file))
+        sheets[name] = tuple(extended(row, arm=file.parent.name) for file in files for row in read_jsonl(file))
     rows = tuple(read_jsonl(folder / "metrics.jsonl", ("arm",)))
     order = {arm: number for number, arm in enumerate(distinct(rows, "arm"))}
     for name in _ARM_SHEETS:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from bitquorum.files import extended
 from bitquorum.report.page.collect import Part, Row, RunView, distinct, select
 from bitquorum.report.page.figures import INK, Axis, Figure, Selector, Series, Style, slug
 from bitquorum.report.page.look import SHARE, Look, banded, legend, numbered, radius, radius_axis
@@ -81,14 +82,14 @@ def answers_of(part: Part | None, ladders: Sequence[Part]) -> list[Row]:
     """Return what an evaluation and ladders in the maximum norm leave, each row with the digest of its source."""
     rows = []
     if part is not None:
-        rows += [{**row, "source": part.digest, "attack": _attack_name(row["attack"])} for row in part.rows]
+        rows += [extended(row, source=part.digest, attack=_attack_name(row["attack"])) for row in part.rows]
     names = [ladder.config.get("name") for ladder in ladders]
     for ladder in ladders:
         if ladder.config.get("norm", "linf") == "linf":
             alone = names.count(ladder.config.get("name")) == 1
             title = f"ladder {ladder.config.get('name') if alone else ladder.label}"
             rows += [
-                {**row, "source": ladder.digest, "attack": _ladder_name(row["attack"], title)}
+                extended(row, source=ladder.digest, attack=_ladder_name(row["attack"], title))
                 for row in select(ladder.rows, name="accuracy")
             ]
     return rows

@@ -36,7 +36,7 @@ def roc(view: RunView, part: Part) -> Figure | None:
     rows: list[dict[str, Any]] = []
     for curve in curves:
         facts = _facts(view, curve)
-        for x, y in simplify(curve.get("fpr") or (), curve.get("tpr") or ()):
+        for x, y in simplify(curve["fpr"], curve["tpr"]):
             rows.append({**facts, "panel": curve["arm"], "series": curve["statistic"], "x": x, "y": y})
     if not rows:
         return None
@@ -147,9 +147,9 @@ def scores(view: RunView, part: Part) -> Figure | None:
     rows: list[dict[str, Any]] = []
     curves = part.sheet("curves")
     for curve in curves:
-        edges = curve.get("edges") or ()
+        edges = curve["edges"]
         for series, column in (("clean", "clean_counts"), ("attacked", "attacked_counts")):
-            counts = curve.get(column) or ()
+            counts = curve[column]
             total = max(1, sum(counts))
             rows += [
                 {

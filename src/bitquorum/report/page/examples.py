@@ -131,7 +131,8 @@ def _examples(arm: str, row: Row, clean: Path, attacked: Path, names: Sequence[s
 
 def _votes(logits: "Tensor", names: Sequence[str]) -> list[tuple[Votes, ...]]:
     """Return for each of the first images the votes of each member; logits are [draws, members, images, classes]."""
-    chosen = logits[:, :, :_SHOWN].argmax(-1)
+    shown = logits[:, :, :_SHOWN]
+    chosen = shown.argmax(-1).masked_fill(~shown.amax(-1).isfinite(), -1)
     return [
         tuple(_shares(chosen[:, member, image].tolist(), names) for member in range(chosen.shape[1]))
         for image in range(chosen.shape[2])
@@ -139,7 +140,7 @@ def _votes(logits: "Tensor", names: Sequence[str]) -> list[tuple[Votes, ...]]:
 
 
 def _shares(classes: list[int], names: Sequence[str]) -> Votes:
-    """Return the share of each class, most first.
+    """Return the share of each class, most first; -1 is no answer.
 
     Examples:
         >>> _shares([3, 1, 3, 3], ())
@@ -168,4 +169,6 @@ def _class_names(view: RunView) -> tuple[str, ...]:
 
 
 def _name(names: Sequence[str], number: int) -> str:
+    if number < 0:
+        return "no answer"
     return names[number] if number < len(names) else str(number)

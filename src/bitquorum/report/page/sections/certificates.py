@@ -1,5 +1,6 @@
 """Show the bracket of each ensemble: what is proven from below, and what attacks leave from above."""
 
+from bitquorum.files import extended
 from bitquorum.report.certify import certificate_table
 from bitquorum.report.page.collect import Part, RunView
 from bitquorum.report.page.markup import Html, element, grid, join
@@ -36,4 +37,4 @@ def _ceilings(view: RunView) -> list[dict[str, object]]:
     """Return the rows of attacks with whose they are: of ladders, then of evaluations."""
     named = [(f"ladder {part.config['name']}", part) for part in view.ladders]
     named += [("evaluation", part) for part in view.evaluations]
-    return [{**row, "ceiling": name} for name, part in named for row in part.rows]
+    return [extended(row, ceiling=name) for name, part in named for row in part.rows]

@@ -1,5 +1,6 @@
 """Show what detectors tell apart, and what rejecting what they flag is worth."""
 
+from bitquorum.files import extended
 from bitquorum.report.detect import rate_columns
 from bitquorum.report.page import detectors
 from bitquorum.report.page.collect import Part, Row, RunView, distinct, select
@@ -60,7 +61,7 @@ def _rates(part: Part, arm: str, rows: list[Row]) -> Html:
     header += [f"TPR@{rate.removeprefix('tpr')}, %" for rate in rates]
     body = [
         (
-            threat_label({**row, "aware": False}),
+            threat_label(extended(row, aware=False)),
             row["statistic"],
             "yes" if row.get("aware") else "no",
             str(row.get("successes", "–")),
@@ -103,7 +104,7 @@ def _all_rejections(rows: list[Row]) -> Html:
         (
             row["arm"],
             row["statistic"],
-            threat_label({**row, "aware": False}),
+            threat_label(extended(row, aware=False)),
             f"{100 * row['false_positives']:g} %",
             *(share(row, name) for name in detectors.COUNTS),
         )
