@@ -1,6 +1,7 @@
 """Convert networks there and back, quantize layers, and calibrate."""
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections import Counter
@@ -488,6 +489,15 @@ def test_calibration_leaves_statistics_modes_and_weights_alone():
         f"6.quantizer.{name}" for name in ("log_step", "fixed_step", "low")
     }
     assert not any(module._forward_pre_hooks for module in quantized.modules())
+
+
+def test_bytes_are_no_images_to_calibrate_by():
+    quantized = convert(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU()), FIXED)
+    before = {name: value.clone() for name, value in quantized.state_dict().items()}
+    plain = inspect.unwrap(calibrate)  # the run-time check of shapes would come first
+    with pytest.raises(InputError, match=r"expected float images in \[0, 1\], got torch.uint8; divide by 255"):
+        plain(quantized, torch.full((2, 1, 2, 2), 255, dtype=torch.uint8))
+    assert all(torch.equal(value, before[name]) for name, value in quantized.state_dict().items())
 
 
 def test_calibrated_ranges_fit_what_reaches_them():

@@ -393,10 +393,18 @@ def calibrate(network: nn.Module, images: Float[Tensor, "batch *image"]) -> None
     Each quantizer's range gets the least squared rounding error on what reaches it, behind the layers already
     set. The image's own range stays [0, 1]. Where draws run one of several `alternatives`, each gets a pass.
 
+    Raises:
+        InputError: if the images are bytes, as files and `ImageSet.images` hold them: their ranges would be 255 times
+            those of the images that the network is to meet.
+
     Warns:
         SharedNoiseWarning: if a pass calls one activation several times, as networks do that hold one ReLU for many
             places: the last call sets its range.
     """
+    if not images.is_floating_point():
+        raise InputError(
+            f"expected float images in [0, 1], got {images.dtype}; divide by 255, or take `ImageSet.batch`, which does"
+        )
     calls: Counter[nn.Module] = Counter()
 
     def fit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
