@@ -129,6 +129,18 @@ def test_published_rows_are_known(done, tmp_path, monkeypatch):
     assert bench(changed, Place(root=tmp_path / "runs"), known=[tmp_path / "published"])[1] == []
 
 
+def test_known_rows_that_are_not_there_are_missed_before_any_work(tmp_path):
+    with pytest.raises(InputError, match=r"expected folders of published suites, which hold `entries`, got .*results"):
+        bench(small(), Place(root=tmp_path / "runs"), known=[tmp_path / "results"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mean_over_machines_names_them_all():
+    rows = [_entry_row("a", 0, [1.0], threads=2), _entry_row("a", 1, [1.0])]
+    assert [(row["device"], row["threads"]) for row in summarize(rows, "")] == [("cpu", "2 or 1")]
+    assert [(row["device"], row["threads"]) for row in summarize(rows[1:], "")] == [("cpu", 1)]
+
+
 def test_a_row_of_another_version_of_its_entry_is_neither_shown_nor_kept(done, tmp_path, monkeypatch):
     root, stored, rows = done
     monkeypatch.setattr(bench_run, "serial", lambda *_: iter(()))

@@ -452,6 +452,9 @@ def test_corrupt_files_and_foreign_folders_are_named(
     path = stored.path / "config.toml"
     path.write_text(path.read_text()[:-20])
     assert str(path) in refused(capsys, monkeypatch, "show", "tiny", "--runs", str(folder))
+    for content in (path.read_bytes(), b"name = '\xff'"):
+        path.write_bytes(content)
+        assert str(path) in refused(capsys, monkeypatch, "show", str(stored.path), "--config")
     assert str(path) in refused(capsys, monkeypatch, "run", tiny, "--runs", str(folder))
 
 

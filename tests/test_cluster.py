@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from safetensors import SafetensorError, safe_open
@@ -68,6 +68,12 @@ class Heard(Listener):
         self.counts.append(done)
 
 
+class RayError(Exception): ...
+
+
+class RayTaskError(RayError): ...
+
+
 @dataclass
 class FakeRay:
     """Do a task when its result is asked for, in this process, with all that travels pickled as Ray does."""
@@ -77,6 +83,8 @@ class FakeRay:
     options: dict[str, Any] = field(default_factory=dict)
     calls: list[Callable[[], Any]] = field(default_factory=list)
     started: int = 0
+
+    exceptions: ClassVar[Any] = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
     def is_initialized(self) -> bool:
         return self.running
@@ -240,6 +248,29 @@ def test_other_errors_raise_and_end_the_rest(fake: FakeRay, tmp_path: Path, monk
         list(machines("local")([experiment(), experiment(lr=0.04)], Place(root=tmp_path)))
     assert fake.cancelled
     assert not fake.running
+
+
+def test_a_task_whose_process_dies_leaves_the_others(fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lost, good = experiment(lr=0.04), experiment()
+
+    def work(task: Any, place: Place) -> None:
+        if task == lost:
+            raise RayError("the worker was ended")
+        do(task, place)
+
+    do = cluster.do
+    monkeypatch.setattr(cluster, "do", work)
+    outcomes = dict(machines("local")([good, lost], Place(root=tmp_path / "runs")))
+    assert outcomes[good] is None
+    assert isinstance(outcomes[lost], DataError)
+    assert "to be computed, got RayError: the worker was ended" in str(outcomes[lost])
+
+    def fail(task: Any, place: Place) -> None:
+        raise RayTaskError
+
+    monkeypatch.setattr(cluster, "do", fail)
+    with pytest.raises(RayTaskError):
+        list(machines("local")([lost], Place(root=tmp_path / "runs")))
 
 
 def test_a_caller_who_stops_ends_the_rest(fake: FakeRay, tmp_path: Path):

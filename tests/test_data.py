@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -559,6 +560,12 @@ def test_folder_errors_name_the_file(tmp_path):
     write_image(bad, np.full((4, 4), 1000, np.uint16))
     with pytest.raises(DataError, match=r"2.png: expected 8 bits a channel, got an image of mode I"):
         load(f"folder:{tmp_path}", "train")
+    bad.write_bytes(png_of_16_bits(4, 4))
+    with pytest.raises(DataError, match=r"2.png: expected 8 bits a channel, got an image of mode RGB"):
+        load(f"folder:{tmp_path}", "train")
+    bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"2.png: expected an image that Pillow can read, got cannot identify"):
+        load(f"folder:{tmp_path}", "train")
     write_image(bad, np.zeros((4, 4, 4), np.uint8))
     with pytest.raises(DataError, match=r"2.png: expected an opaque image"):
         load(f"folder:{tmp_path}", "train")
@@ -645,6 +652,17 @@ def png(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def png_of_16_bits(width: int, height: int) -> bytes:
+    """Return an RGB image of 16 bits a channel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    lines = zlib.compress((b"\0" + b"\1\2" * 3 * width) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
 def write_parquet(path: Path, arrays, labels, names=None, columns=("image", "label")) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -668,6 +686,49 @@ def test_parquet_in_the_form_of_the_hub(tmp_path):
     assert np.array_equal(data.images.numpy(), np.stack(arrays).transpose(0, 3, 1, 2))
     with pytest.raises(MissingDataError, match=r"expected test-\*.parquet"):
         load(f"parquet:{tmp_path}", "test")
+
+
+def test_an_unknown_home_folder_is_one_message(tmp_path):
+    with pytest.raises(ConfigError, match="whose home folder is unknown"):
+        load("folder:~nosuchuser/x", "train")
+    with pytest.raises(ConfigError, match="whose home folder is unknown"):
+        load("cifar10", "train", root=Path("~nosuchuser"))
+
+
+def test_a_part_of_a_parquet_set_is_refused(tmp_path):
+    arrays = list(pixels(4, 4, 4, 3))
+    for number in (0, 1):
+        name = f"train-0000{number}-of-00002.parquet"
+        write_parquet(tmp_path / name, arrays[2 * number :][:2], [0, 1], ["x", "y"])
+    assert len(load(f"parquet:{tmp_path}", "train")) == 4
+    (tmp_path / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(MissingDataError, match="expected 2 files, as their names say, got 1, none with the number 0"):
+        load(f"parquet:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (None, [1.9, 0.2]),
+        (None, [1.0, float("nan")]),
+        (None, ["a", "b"]),
+        ([b"1", b"2"], [0, 1]),
+        ([{"bytes": "1"}, {"bytes": "2"}], [0, 1]),
+        ([{"path": "1"}, {"path": "2"}], [0, 1]),
+        (None, [0, 2**63]),
+    ],
+)
+def test_a_later_parquet_file_of_other_columns_is_refused(tmp_path, images, labels):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    arrays = list(pixels(2, 4, 4, 3))
+    write_parquet(tmp_path / "train-0.parquet", arrays, [0, 1], ["x", "y"])
+    cells = images or [{"bytes": png(array), "path": None} for array in arrays]
+    column = pa.array(labels, pa.uint64()) if labels[1] == 2**63 else pa.array(labels)
+    pq.write_table(pa.table({"image": pa.array(cells), "label": column}), tmp_path / "train-1.parquet")
+    with pytest.raises(DataError, match=r"^parquet:.*(expected a struct and an integer|readable Parquet files)"):
+        load(f"parquet:{tmp_path}", "train")
 
 
 def test_parquet_other_columns_and_no_names(tmp_path):

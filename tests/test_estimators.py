@@ -516,6 +516,8 @@ def test_bad_features_and_fields_are_refused():
         lambda: info.SMILE(clip=0.0),
         lambda: info.SMILE(clip=math.nan),
         lambda: info.CLUB()(x[:10], x[:10]),
+        lambda: info.InfoNCE(batch=1),
+        lambda: info.SMILE(batch=1),
         lambda: info.NSB()(x, x),
         lambda: info.Shrinkage()(x[:, 0], x[:, 0]),
         lambda: info.PlugIn(correction="jackknife")(torch.tensor([1]), torch.tensor([1])),

@@ -280,6 +280,25 @@ def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
     assert undecided == [("self-test", None)], "the noise of so coarse a network hides its points, and nothing else"
 
 
+def test_the_rows_of_a_published_run_outlive_its_climbs(copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "check_peer", lambda *_: None)
+    monkeypatch.setattr(
+        module,
+        "second_opinion",
+        lambda name, model, images, *_, **__: peers.Opinion(
+            name=name, version="9.9", images=images, claimed=None, seconds=1.0, outside=0
+        ),
+    )
+    rows = climb_run(copied, LADDER, also=["autoattack-rand"])
+    copied.publish(tmp_path / "published")
+    published = Run.open(tmp_path / "published")
+    (path,) = published.path.glob("ladders/*/metrics.jsonl")
+    before = path.read_bytes()
+    for also in ([], ["autoattack-rand"]):
+        assert climb_run(published, LADDER, also=also) == rows
+        assert path.read_bytes() == before
+
+
 def test_a_peer_that_fails_stops_no_arm_and_is_reported_at_the_end(copied: Run, monkeypatch: pytest.MonkeyPatch):
     def answer(name: str, *_: Any, **__: Any) -> peers.Opinion:
         raise peers.PeerError(f"expected {name} to attack the model")
@@ -333,11 +352,20 @@ def test_a_corrupt_state_is_named(content: bytes, copied: Run):
         climb_run(copied, LADDER)
 
 
-def test_rows_of_another_norm_name_it(trained: Run, tmp_path: Path):
+def test_rows_of_another_norm_name_it(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(trained.path, tmp_path / trained.path.name)
     plan = replace(LADDER, norm="l2", rungs=(), epsilons=(0.5,))
-    rows = climb_run(Run(path=tmp_path / trained.path.name), plan, arms=["plain"])
+    monkeypatch.setattr(module, "check_peer", lambda *_: None)
+    monkeypatch.setattr(
+        module,
+        "second_opinion",
+        lambda name, model, images, *_, **__: peers.Opinion(
+            name=name, version="9.9", images=images, claimed=None, seconds=1.0, outside=0
+        ),
+    )
+    rows = climb_run(Run(path=tmp_path / trained.path.name), plan, arms=["plain"], also=["autoattack-rand"])
     assert {row["norm"] for row in rows} == {"l2"}
+    assert "second opinion" in {row["name"] for row in rows}
     assert ("L2 0.5", "worst case over the ladder") in [line[:2] for line in bracket(rows).rows]
 
 

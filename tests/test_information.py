@@ -347,6 +347,29 @@ def test_clusters_have_the_renyi_entropy_of_their_shares(alpha):
     assert info.renyi_entropy(info.gram(points, 1.0), alpha).item() == pytest.approx(expected.item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rows_are_at_no_distance_under_the_median_rule(dtype):
+    shares = torch.tensor([80, 10, 10])
+    expected = -(shares / 100).square().sum().log2().item()
+    for seed in range(4):
+        rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        x = rows.repeat_interleave(shares, 0).requires_grad_()
+        entropy = info.renyi_entropy(info.gram(x))
+        assert entropy.item() == pytest.approx(expected, abs=1e-4)
+        (slope,) = torch.autograd.grad(entropy, x)
+        assert slope.abs().max().item() < 1
+
+
+@pytest.mark.parametrize("distance", [0.09, 1e-2, 1e-4, 1e-6])
+def test_orders_next_to_one_keep_their_digits(distance):
+    gram = info.gram(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    truth = info.renyi_entropy(gram.double() / gram.double().trace(), 1.0).item()
+    for alpha in (1 - distance, 1 + distance):
+        wide = info.renyi_entropy(gram.double() / gram.double().trace(), alpha).item()
+        assert wide == pytest.approx(truth, abs=3 * distance)
+        assert info.renyi_entropy(gram, alpha).item() == pytest.approx(wide, abs=1e-3)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.01, 2.0])
 def test_information_of_clusters_is_that_of_their_codes(alpha):
     codes = 100.0 * torch.cartesian_prod(torch.arange(4.0), torch.arange(2.0)).double().repeat(2, 1)

@@ -406,6 +406,21 @@ def test_margins_draws_and_quotients_of_linear_models(norm: Norm, of: Of):
             torch.testing.assert_close(term(said), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_quotient_that_would_measure_something_else_is_refused():
+    with pytest.raises(InputError, match="expected either a difference or held statistics"):
+        InputGradient(difference=1e-3, statistics="held")
+    for bad in (math.nan, math.inf, 0.0):
+        with pytest.raises(InputError, match="finite difference above 0"):
+            InputGradient(difference=bad)
+    network = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3)).double()
+    said = step(Ensemble([network]), uniform(20, 4, 6).double().requires_grad_(), torch.tensor([0, 1, 2, 1]))
+    with pytest.raises(InputError, match="expected a network without dropout"):
+        InputGradient(difference=1e-3)(said)
+    assert InputGradient()(said).item() > 0
+    network.eval()
+    assert InputGradient(difference=1e-3)(said).item() > 0
+
+
 def test_the_quotient_trains_what_the_exact_penalty_trains():
     with rng.torch_seed(5):
         network = nn.Sequential(nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 3)).double()

@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module, metadata
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_a_peers_images_are_brought_back_into_the_ball_and_counted(stand_in: Mod
     assert float(moved[0]) <= 0.1 + 1e-6
     assert bool((moved[1:] == 0).all())
     assert float(opinion.images.max()) <= 1
+
+
+def test_a_peers_images_that_are_no_numbers_count_as_no_attack(stand_in: ModuleType):
+    def call(_: Any, images: Tensor, labels: Tensor) -> Tensor:
+        return images.clone().index_fill_(0, torch.tensor([1]), torch.nan)
+
+    stand_in.PGD.__call__ = call  # type: ignore[attr-defined]
+    opinion = second_opinion("torchattacks-pgd", wrap(plain(), IMAGES), IMAGES, LABELS, epsilon=0.1)
+    assert opinion.outside == 1
+    assert torch.equal(opinion.images, IMAGES)
 
 
 def test_a_peer_that_fails_is_told_apart_from_a_failure_of_ours(stand_in: ModuleType):

@@ -1,5 +1,6 @@
 """Test the coordinates of the plane where the answer is known, and the plane of a stored run."""
 
+import inspect
 import math
 from typing import get_args
 
@@ -171,8 +172,12 @@ def test_correlations_are_those_of_scipy(count: int):
 def test_what_cannot_be_correlated_is_left_open():
     assert correlate([1.0, 2.0], [1.0, 2.0]).pearson is None
     assert correlate([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).p_value is None
+    assert correlate([1e6 + 0.1] * 7, list(map(float, range(7)))).pearson is None  # constant up to rounding
     with pytest.raises(InputError, match="equal length"):
         correlate([1.0], [])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(InputError, match="expected finite numbers"):
+            correlate([1.0, bad, 2.0], [1.0, 2.0, 3.0])
 
 
 def test_correlations_are_taken_per_threat_pooled_and_over_arms():
@@ -247,6 +252,11 @@ def test_corruptions_grow_with_severity_and_stay_in_range(name):
     assert moved[0] > 0
     with pytest.raises(InputError, match="severity of 1 to 5"):
         corrupt(images, name, 6, examples=index)
+
+
+def test_bytes_are_no_images_to_corrupt():
+    with pytest.raises((InputError, TypeError), match=r"expected float images in \[0, 1\], got torch.uint8|dtype"):
+        inspect.unwrap(corrupt)(torch.zeros(1, 1, 2, 2).byte(), "brightness", 1, examples=torch.tensor([0]))
 
 
 def test_a_blur_keeps_flat_images_and_noise_has_its_deviation():

@@ -242,6 +242,9 @@ def test_what_peers_took_is_a_multiple_of_what_the_ladder_took():
     assert table.header == ("exhibit", "ladder quick", "rand", "ce")
     assert table.rows == (("x", "2.0", "7.0 (3.5)", "fails"),)
     assert peer_seconds(museum) is None
+    at_once = peer_seconds([entry | {"seconds": 0.0} for entry in MUSEUM] + opinions)
+    assert at_once is not None
+    assert at_once.rows == (("x", "0.0", "7.0", "fails"),)
 
 
 def test_seconds_of_a_ladder_beside_those_of_peers():

@@ -23,7 +23,7 @@ from bitquorum.data import Augment, ImageSet
 from bitquorum.ensemble import Ensemble
 from bitquorum.evaluate import Evaluation
 from bitquorum.files import load_tensors, read_jsonl, save_tensors
-from bitquorum.interface import InputError, NoEffectWarning
+from bitquorum.interface import DataError, InputError, NoEffectWarning
 from bitquorum.objective import (
     ConditionalMI,
     EnsembleCrossEntropy,
@@ -36,6 +36,7 @@ from bitquorum.objective import (
     Term,
     Trades,
 )
+from bitquorum.quantizers import Deterministic
 from bitquorum.train import DivergedError, Progress, Trainer
 
 TRAINER = Trainer(
@@ -257,6 +258,56 @@ def test_a_checkpoint_of_other_settings_images_or_objective_is_refused(tmp_path:
         assert path.read_bytes() == before
     told = replace(TRAINER, log_every=1, checkpoint_seconds=5.0)  # what changes no result may change
     assert identical(told(members(), toy(), OBJECTIVE, checkpoint=path, seed=1).state_dict(), load(path))
+
+
+def test_a_checkpoint_of_other_quantizers_or_widths_is_refused(tmp_path: Path):
+    def made(policy: Policy, classes: int = 3) -> Ensemble:
+        with rng.torch_seed(0):
+            layers = nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, classes)
+        return Ensemble.build([nn.Sequential(*layers)], [policy])
+
+    path, four = tmp_path / "checkpoint", Policy(weight_bits=4, activation_bits=4)
+    TRAINER(made(four), toy(), OBJECTIVE, checkpoint=path)
+    for policy in (replace(four, weight_bits=2), replace(four, activation_law=Deterministic())):
+        with pytest.raises(InputError, match="other quantizers"):
+            TRAINER(made(policy), toy(), OBJECTIVE, checkpoint=path)
+    wider = made(four, classes=4)
+    before = {name: value.clone() for name, value in wider.state_dict().items()}
+    with pytest.raises(DataError, match="weights of other names or shapes"):
+        TRAINER(wider, toy(), OBJECTIVE, checkpoint=path)
+    assert identical(wider.state_dict(), before)
+
+
+def test_settings_that_no_checkpoint_can_hold_are_refused_before_the_first_step(tmp_path: Path):
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from bitquorum.data import load
+from bitquorum.ensemble import Ensemble
+from bitquorum.interface import ConfigError
+from bitquorum.objective import MemberCrossEntropy, Objective
+from bitquorum.train import Trainer
+
+data, objective, folder = load("digits", "train").take(64), Objective(terms=(MemberCrossEntropy(),)), Path(sys.argv[1])
+
+for numbers in ({"batch_size": np.int64(32)}, {"batch_size": 32, "lr": np.float32(0.125)}, {"batch_size": 32}):
+    ensemble = Ensemble([torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))])
+    trainer = Trainer(epochs=1, **numbers)
+    try:
+        trainer(ensemble, data, objective, checkpoint=folder / "checkpoint", report=lambda _: print("step"))
+    except ConfigError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert first.startswith("batch_size: expected an integer, got np.int64(32)")
+    assert second.startswith("lr: expected a finite number, got np.float32(0.125)")
+    assert last == "step"
 
 
 def load(path: Path) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def table_of(source: str | Path, kind: str = "preset") -> dict[str, Any]:
         text = known[source]
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"expected TOML in {source}, got: {error}; mend that place") from error
 
 

@@ -127,7 +127,9 @@ def second_opinion(
             raise PeerError(f"expected {name} to attack the model, got {type(error).__name__}: {error}") from error
     seconds = time.monotonic() - started
     found = found.detach().to(images)
-    outside = (norm_of(found - images, norm) > epsilon + 1e-5) | (found.flatten(1).amax(1) > 1 + 1e-6)
+    numbers = found.flatten(1).isfinite().all(1)
+    found = found.where(numbers.view(-1, *[1] * (found.dim() - 1)), images)
+    outside = ~numbers | (norm_of(found - images, norm) > epsilon + 1e-5) | (found.flatten(1).amax(1) > 1 + 1e-6)
     outside |= found.flatten(1).amin(1) < -1e-6
     return Opinion(
         name=name,

@@ -20,6 +20,7 @@ import math
 import re
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -208,7 +209,8 @@ def _convert(value: Any, hint: Any, path: str, side: _Side) -> Any:
         return side.path_out(_scalar(value, side.path_in, path))
     if hint in _SCALARS:
         if hint is float and side is _DECODE and isinstance(value, str) and _FRACTION.fullmatch(value):
-            value = float(Fraction(value))
+            with suppress(OverflowError):  # it stays text, which is refused
+                value = float(Fraction(value))
         return _scalar(value, hint, path)
     if origin is tuple and arguments:
         return side.writes([_convert(*item, side) for item in _items(value, hint, path, side)])

@@ -234,6 +234,8 @@ class _Training:
 
     def run(self, checkpoint: Path | None, report: Callable[[Progress], None] | None) -> Ensemble:
         """Train from the checkpoint, or from the start, to the end."""
+        if checkpoint is not None:
+            _ = self._mark  # settings that no file can hold are refused now, not when the first is written
         if checkpoint is not None and checkpoint.exists():
             self._load(checkpoint)
         else:
@@ -455,11 +457,16 @@ class _Training:
 
     @cached_property
     def _mark(self) -> str:
-        """Return what tells this training from others: its settings, its objective, and images by name and number."""
+        """Return what tells this training from others: settings, objective, quantizers, images by name and number."""
         settings = replace(self.trainer, checkpoint_seconds=60.0, log_every=20)  # these two may change on the way
         seen = hashlib.sha256(f"{digest(settings)} {self.data.name}".encode())
         with suppress(ConfigError):  # a term of one's own may hold what no table can
             seen.update(digest(self.objective).encode())
+        for module in self.ensemble.modules():
+            if isinstance(module, Quantizer):  # its weights do not say how many bits they have, nor which noise
+                seen.update(f"{module.bits} {module.grid} {module.learned}".encode())
+                with suppress(ConfigError):
+                    seen.update(digest(module.law).encode())
         for part in (self.data.index, self.data.labels):
             seen.update(part.cpu().numpy().tobytes())
         return seen.hexdigest()[:16]
@@ -469,7 +476,7 @@ class _Training:
         try:
             counts = json.loads(metadata["state"])
             self._accept(path, state, counts, metadata.get("mark", self._mark))  # earlier versions wrote none
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             reason = str(error).splitlines()[0]
@@ -485,10 +492,13 @@ class _Training:
             )
         if mark != self._mark:
             raise InputError(
-                f"{path}: expected a checkpoint of this training, got one with other settings, another objective or "
-                "other images; remove it to begin anew, or name another file"
+                f"{path}: expected a checkpoint of this training, got one with other settings, another objective, "
+                "other quantizers or other images; remove it to begin anew, or name another file"
             )
         part = partial(_under, state)
+        shapes = {name: value.shape for name, value in self.ensemble.state_dict().items()}
+        if {name: value.shape for name, value in part("model.").items()} != shapes:  # torch would load those that fit
+            raise ValueError("weights of other names or shapes")
         self.ensemble.load_state_dict(part("model."))
         self.average, self.memory = part("average."), part("memory.")
         self.totals = part("total.")

@@ -27,7 +27,7 @@ from bitquorum.bench.pools import Outcome, Place, Task, do, title
 from bitquorum.bench.suite import Entry
 from bitquorum.config import Experiment
 from bitquorum.files import atomic_write
-from bitquorum.interface import BitquorumError, InputError
+from bitquorum.interface import BitquorumError, DataError, InputError
 from bitquorum.registry import digest
 
 Files: TypeAlias = dict[str, bytes]  # content by path below a folder of runs
@@ -191,8 +191,16 @@ def _spread(ray: Any, tasks: Sequence[Task], place: Place, cpus: int) -> Iterato
     try:
         while pending:
             (ready,), _ = ray.wait(list(pending))
-            node, files, error = ray.get(ready)
-            task = pending.pop(ready)
+            task = pending[ready]
+            try:
+                node, files, error = ray.get(ready)
+            except ray.exceptions.RayError as lost:  # its process was ended, once more than it is tried again
+                if isinstance(lost, ray.exceptions.RayTaskError):
+                    raise  # an error of ours
+                del pending[ready]
+                yield task, DataError(f"expected {title(task)} to be computed, got {type(lost).__name__}: {lost}")
+                continue
+            del pending[ready]
             unpack(files, place.root)
             if error is None:
                 removed.append(_remove(ray, node, digest(task)))

@@ -43,8 +43,11 @@ def bench(
     Raises:
         BitquorumError: if an entry could not be computed, after all others are; or if a stored file is corrupt.
     """
-    stored = Run.create(place.root, f"bench-{suite.name}", encode(suite))
+    absent = [str(folder) for folder in known if not (folder / "entries").is_dir()]
+    if absent:
+        raise InputError(f"expected folders of published suites, which hold `entries`, got {', '.join(absent)}")
     pool = _pool(jobs, cluster)
+    stored = Run.create(place.root, f"bench-{suite.name}", encode(suite))
     with stored.lock():
         for entry in suite.entries():
             _take(entry, stored, place.root, known)

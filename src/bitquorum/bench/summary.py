@@ -1,7 +1,7 @@
 """Bring the seeds of each row together: accuracies with intervals, and differences from a reference with their sign."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any, Final
@@ -41,6 +41,7 @@ def summarize(rows: Sequence[dict[str, Any]], reference: str) -> list[dict[str, 
 def _summary(group: Sequence[dict[str, Any]], reference: str) -> dict[str, Any]:
     first = group[0]
     row: dict[str, Any] = {key: first[key] for key in _KEPT}
+    row["device"], row["threads"] = (_either(entry[key] for entry in group) for key in ("device", "threads"))
     row |= {"reference": reference, "seeds": [entry["seed"] for entry in group], "images": len(first["examples"])}
     for name in _ACCURACIES:
         rates = _rates(group, name)
@@ -50,6 +51,12 @@ def _summary(group: Sequence[dict[str, Any]], reference: str) -> dict[str, Any]:
     row["broken_by"] = _most(group)
     row["detector"] = _detector(group)
     return row | {key: fmean(entry[key] for entry in group) for key in _COSTS}
+
+
+def _either(values: Iterable[Any]) -> Any:
+    """Return the value that all have, or those that some have, as text."""
+    found = list(dict.fromkeys(values))
+    return found[0] if len(found) == 1 else " or ".join(map(str, found))
 
 
 def _rates(group: Sequence[dict[str, Any]], name: str) -> Float[Tensor, "seeds images"]:

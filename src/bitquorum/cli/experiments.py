@@ -121,6 +121,7 @@ def show(
 
     stored = Run.find(runs, query)
     if config:
+        stored.config()  # refuses what is no TOML
         print((stored.path / "config.toml").read_text(encoding="utf-8"), end="")
         return
     if is_museum(stored):

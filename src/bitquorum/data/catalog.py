@@ -10,7 +10,7 @@ import torch
 from bitquorum.data.formats import locate, read_source
 from bitquorum.data.imageset import ImageSet
 from bitquorum.data.local import read_folder, read_parquet
-from bitquorum.data.sources import SOURCES, data_root, unknown_name
+from bitquorum.data.sources import SOURCES, at_home, data_root, unknown_name
 from bitquorum.interface import ConfigError
 
 _DIGITS_SEED = 1797  # fixes the split of `digits` for good: changing it changes every published number
@@ -78,7 +78,7 @@ def load(name: str, split: str, *, root: Path | None = None) -> ImageSet:
     kind, colon, place = name.partition(":")
     readers: dict[str, Callable[[Path, str], ImageSet]] = {"folder": read_folder, "parquet": read_parquet}
     if colon and kind in readers and place:
-        return readers[kind](Path(place).expanduser(), split)
+        return readers[kind](at_home(place), split)
     if name == "digits":
         return _digits(split)
     if name not in SOURCES:

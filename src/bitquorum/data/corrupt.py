@@ -46,7 +46,7 @@ def corrupt(
         seed: Of the noise.
 
     Raises:
-        InputError: for an unknown kind or severity.
+        InputError: for an unknown kind or severity, or bytes in place of floats.
 
     Examples:
         >>> grey = torch.full((1, 1, 2, 2), 0.5)
@@ -58,6 +58,8 @@ def corrupt(
             f"expected a corruption among {', '.join(get_args(CorruptionName))} and a severity of 1 to 5, got "
             f"{name!r} and {severity}"
         )
+    if not images.is_floating_point():
+        raise InputError(f"expected float images in [0, 1], got {images.dtype}; divide by 255")
     strength = _STRENGTHS[name][severity - 1]
     if name == "gaussian-noise":
         u = rng.uniform(rng.derive(seed, name), examples, images.shape[1:].numel(), address=name)

@@ -19,6 +19,7 @@ from bitquorum.data.sources import (
     Download,
     PublishedFile,
     Source,
+    at_home,
     data_root,
     file_md5,
     find_files,
@@ -41,7 +42,8 @@ _TIMEOUT = 60.0  # seconds without a byte
 def get(name: str, *, source: Path | None = None, root: Path | None = None, progress: Progress | None = None) -> Path:
     """Put a published data set into `ROOT/NAME` and return that folder.
 
-    Every file is checked against its published size and MD5 sum, and appears under its name only when it is
+    Every file is checked against its published size and MD5 sum (unpacked files of CIFAR-100 by size alone: the sum of
+    their archive is published, not theirs), and appears under its name only when it is
     complete. A call that finds all files in order changes nothing; a damaged file is fetched again. An
     interrupted download leaves a `.part` file, with which the next call goes on.
 
@@ -88,7 +90,7 @@ def install(
     folder = data_root(root) / source.name
     try:
         if origin is not None:
-            origin = Path(origin).expanduser()
+            origin = at_home(origin)
             if not origin.exists():
                 raise MissingDataError(
                     f"{source.name}: expected an archive or a folder, got {origin}, which is not there"

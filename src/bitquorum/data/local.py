@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from bitquorum.data.imageset import ImageSet
 from bitquorum.data.room import room
-from bitquorum.interface import ConfigError, DataError, MissingDataError
+from bitquorum.interface import BitquorumError, ConfigError, DataError, MissingDataError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # of Pillow's, others may start programs
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 _IMAGE_COLUMNS = ("image", "img")
 _MOST_CLASSES = 1 << 16
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -25,7 +28,7 @@ def read_folder(path: Path, split: str) -> ImageSet:
     """Return one split of an image folder, `path/train/CLASS/*` and `path/test/CLASS/*`.
 
     The classes are the folders of `train` in alphabetical order (of `test` where there is no `train`); files
-    with another suffix than that of an image are skipped. Images are grey if all of them are, else RGB.
+    with another suffix than that of an image are skipped. Images are grey if all of this split are, else RGB.
 
     Args:
         path: The folder that holds `train` and `test`.
@@ -94,29 +97,30 @@ def read_parquet(path: Path, split: str) -> ImageSet:
         raise MissingDataError(
             f"parquet:{path}: expected {split}-*.parquet in {path} or in {path / 'data'}, got no such file"
         )
+    _check_shards(files, path)
     try:
         schema = pq.read_schema(files[0])
         image, label = _column(schema, _IMAGE_COLUMNS, path), _column(schema, _LABEL_COLUMNS, path)
-        if not pa.types.is_struct(schema.field(image).type) or not pa.types.is_integer(schema.field(label).type):
-            got = f"{schema.field(image).type} and {schema.field(label).type}"
-            raise DataError(f"parquet:{path}: expected a struct and an integer in {image}, {label}, got {got}")
+        for file in files:
+            _check_types(file, pq.read_schema(file), image, label, pa)
         labels = [value for file in files for value in pq.read_table(file, columns=[label])[label].to_pylist()]
         classes = _class_names(schema.metadata or {}, label) or _numbers(path, label, pq)
         if not labels or any(value is None for value in labels):
             raise DataError(f"parquet:{path}: expected a label in every row of {split}, got none in some or no row")
         cells = _cells(files, image, pq)
         rows = ((f"parquet:{path} ({split}), row {row}", _encoded(cell)) for row, cell in enumerate(cells))
-        images = _stack(rows, len(labels))
-    except (pa.ArrowException, OSError, KeyError) as error:
+        return ImageSet(
+            name=f"parquet:{path}",
+            split=split,
+            images=_stack(rows, len(labels)),
+            labels=torch.tensor(labels, dtype=torch.long),
+            classes=classes,
+            index=torch.arange(len(labels)),
+        )
+    except BitquorumError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError, RuntimeError) as error:
         raise DataError(f"parquet:{path}: expected readable Parquet files of one schema, got {error}") from error
-    return ImageSet(
-        name=f"parquet:{path}",
-        split=split,
-        images=images,
-        labels=torch.tensor(labels, dtype=torch.long),
-        classes=classes,
-        index=torch.arange(len(labels)),
-    )
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -129,6 +133,32 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
         if files:
             return files
     return sorted((path / split).glob("*.parquet"))
+
+
+def _check_shards(files: list[Path], path: Path) -> None:
+    """Refuse some of the files of a set whose names say how many it has."""
+    found = [part for file in files if (part := _SHARD.search(file.name))]
+    count = max((int(part[2]) for part in found), default=0)
+    missing = sorted(set(range(count)) - {int(part[1]) for part in found})
+    if missing:
+        raise MissingDataError(
+            f"parquet:{path}: expected {count} files, as their names say, got {len(files)}, none with the number "
+            f"{', '.join(map(str, missing[:9]))}; copy them too"
+        )
+
+
+def _check_types(file: Path, schema: Any, image: str, label: str, pa: Any) -> None:
+    """Refuse a file whose columns are not encoded images and labels."""
+    types = {field.name: field.type for field in schema}
+    picture, number = types.get(image), types.get(label)
+    parts = {part.name: part.type for part in picture} if picture and pa.types.is_struct(picture) else {}
+    encoded = parts.get("bytes", pa.null())
+    binary = pa.types.is_binary(encoded) or pa.types.is_large_binary(encoded)
+    if not binary or number is None or not pa.types.is_integer(number):
+        raise DataError(
+            f"parquet:{file}: expected a struct and an integer in {image}, {label}, got {picture} and {number}; the "
+            "struct holds each file as binary `bytes`"
+        )
 
 
 def _column(schema: Any, names: tuple[str, ...], path: Path) -> str:
@@ -195,9 +225,9 @@ def _decode(name: str, stream: Path | io.BytesIO) -> UInt8[np.ndarray, "height w
     from PIL import Image
 
     try:
-        with Image.open(stream) as image:
+        with Image.open(stream, formats=_FORMATS) as image:
             mode, bands = image.mode, image.getbands()
-            if mode.startswith(("I", "F")):
+            if mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", "")):  # Pillow would cut 16 bits
                 raise DataError(f"{name}: expected 8 bits a channel, got an image of mode {mode}; convert it")
             opaque = image
             if bands[-1] in ("A", "a") or "transparency" in image.info:

@@ -214,7 +214,21 @@ def data_root(root: Path | None = None) -> Path:
     """
     if root is None:
         root = Path(os.environ.get("BITQUORUM_DATA") or "~/.cache/bitquorum/data")
-    return Path(root).expanduser()
+    return at_home(root)
+
+
+def at_home(path: Path | str) -> Path:
+    """Return a path with `~` as the home folder.
+
+    Raises:
+        ConfigError: if there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"expected a path, got {str(path)!r}, whose home folder is unknown; write it out, or set BITQUORUM_DATA"
+        ) from error
 
 
 def unknown_name(name: str, known: tuple[str, ...] = NAMES) -> ConfigError:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,6 +21,8 @@ from bitquorum.peers import PeerError, check_peer, second_opinion
 from bitquorum.registry import decode, digest, encode, to_toml
 from bitquorum.store import Run
 from bitquorum.toml import read_toml
+
+_OPINION: Final = "second opinion"
 
 
 def climb_run(
@@ -253,16 +255,24 @@ def _keep(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str
 
 
 def _collect(folder: Path, experiment: Experiment, ladder: Ladder) -> list[dict[str, Any]]:
-    """Return the rows of the arms that are climbed to the end: the bracket, then each rung."""
+    """Return the rows of the arms that are climbed to the end: the bracket, then each rung.
+
+    Of an arm without its climbs, as a published run has them, the stored rows are kept.
+    """
     rows: list[dict[str, Any]] = []
+    stored = [row for row in read_jsonl(folder / "metrics.jsonl", ("arm", "name")) if row["name"] != _OPINION]
     for arm in experiment.arms:
         if not (folder / arm.name / "verdicts.jsonl").exists():
             continue
-        for path in sorted((folder / arm.name).glob("climb@*.safetensors")):
+        climbs = sorted((folder / arm.name).glob("climb@*.safetensors"))
+        for path in climbs:
             rows += climb_rows(arm, read_climb(path)[0], ladder)
+        if not climbs:
+            rows += [row for row in stored if row["arm"] == arm.name]
         for path in sorted((folder / arm.name).glob("*.json")):
             row = {key: value for key, value in read_jsonl(path)[0].items() if key != "seconds"}
-            rows.append({"arm": arm.name, "members": arm.precision, "split": "test", "name": "second opinion", **row})
+            common = {"arm": arm.name, "members": arm.precision, "split": "test", **norm_named(ladder)}
+            rows.append({**common, "name": _OPINION, **row})
     return rows
 
 

@@ -42,6 +42,8 @@ class Critic(Estimator):
         seed: Of the split, the initial weights and the batches.
     """
 
+    least_batch: ClassVar[int] = 1
+
     hidden: int = 64
     steps: int = 400
     batch: int = 256
@@ -56,6 +58,11 @@ class Critic(Estimator):
                 raise InputError(f"{type(self).__name__}: expected {field.name} above 0, got {value}")
             if field.name in ("hidden", "steps", "batch") and value != int(value):
                 raise InputError(f"{type(self).__name__}: expected a whole number {field.name}, got {value}")
+
+        if self.batch < self.least_batch:
+            raise InputError(
+                f"{type(self).__name__}: expected a batch of at least {self.least_batch}, got {self.batch}"
+            )
 
     def __call__(self, a: Shaped[Tensor, "samples *a"], b: Shaped[Tensor, "samples *b"]) -> Estimate:
         """Return the estimate for features in the rows of `a` and `b`; at least 20 samples."""
@@ -132,6 +139,7 @@ class InfoNCE(Critic):
     """
 
     bound: ClassVar[Bound] = "lower"
+    least_batch: ClassVar[int] = 2  # a sample is told from others
 
     def _network(self, width_a: int, width_b: int) -> nn.Module:
         return _Product(width_a, width_b, self.hidden)
@@ -175,6 +183,7 @@ class SMILE(Critic):
     """
 
     bound: ClassVar[Bound] = "plug-in"
+    least_batch: ClassVar[int] = 2
 
     clip: float = 5.0
 

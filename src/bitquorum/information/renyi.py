@@ -103,6 +103,9 @@ def renyi_entropy(gram: Float[Tensor, "*matrices n n"], alpha: float = 2.0) -> F
     spectrum = spectrum.where(kept, 1.0)
     if alpha == 1:
         return -xlog2x(spectrum).sum(-1)
+    if abs(alpha - 1) < 0.1:  # the eigenvalues add up to one: their powers, to almost one, would lose the digits
+        less = (spectrum * torch.expm1((alpha - 1) * spectrum.log()) * kept).sum(-1)
+        return less.log1p() / (math.log(2) * (1 - alpha))
     return (spectrum**alpha * kept).sum(-1).log2() / (1 - alpha)
 
 
@@ -181,8 +184,11 @@ def _squared_distances(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     # Distances ignore a common shift; without it the products lose no digits to a large mean.
     x = x - x.detach().mean(0)
     norms = x.square().sum(1)
+    both = norms[:, None] + norms
     with torch.autocast(device_type=x.device.type, enabled=False):
-        return (norms[:, None] + norms - 2 * (x @ x.T)).clamp_min(0)
+        squared = both - 2 * (x @ x.T)
+    # What the subtraction cannot tell from zero is zero: equal rows are at no distance, and have no gradient.
+    return squared.where(squared.detach() > 4 * torch.finfo(x.dtype).eps * x.shape[1] ** 0.5 * both.detach(), 0.0)
 
 
 def _by_width(squared: Float[Tensor, "n n"], width: float) -> Float[Tensor, "n n"]:

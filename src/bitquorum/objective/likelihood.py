@@ -74,7 +74,7 @@ class Distillation(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise InputError(f"expected a temperature above 0, got {self.temperature}")
 
     @property

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from bitquorum import kernels, rng
 from bitquorum.attacks import PGD, Attack
@@ -71,12 +72,17 @@ class InputGradient(Term):
             raise InputError(f"expected norm l1 or l2 and of member or ensemble, got {self.norm!r} and {self.of!r}")
         if self.loss not in (None, "margin"):
             raise InputError(f"expected loss margin, or none for cross-entropy, got {self.loss!r}")
-        if (self.draws is not None and self.draws < 1) or (self.difference is not None and self.difference <= 0):
+        reach = 1.0 if self.difference is None else self.difference
+        if (self.draws is not None and self.draws < 1) or not 0 < reach < math.inf:
             raise InputError(
-                "expected at least one draw and a difference above 0, or none of either, got "
+                "expected at least one draw and a finite difference above 0, or none of either, got "
                 f"{self.draws} and {self.difference}"
             )
-
+        if self.difference is not None and self.statistics is not None:
+            raise InputError(
+                f"expected either a difference or held statistics, got difference={self.difference} and "
+                f"statistics={self.statistics!r}: a second pass moves the statistics of its batch; leave one out"
+            )
         _check_statistics(self.statistics)
         _check_share(self.share)
 
@@ -90,6 +96,13 @@ class InputGradient(Term):
         return _on_share(self._penalty, step, self.share)
 
     def _penalty(self, step: Step) -> Float[Tensor, ""]:
+        if self.difference is not None and any(
+            isinstance(module, _DropoutNd) and module.training and module.p > 0 for module in step.ensemble.modules()
+        ):
+            raise InputError(
+                "expected a network without dropout for a penalty by finite differences, got one with: each pass drops "
+                "others, and the quotient divides that by `difference`; leave out `difference`"
+            )
         images = [step.images] * len(step.ensemble.members)
         losses = self._losses(step.outputs.parts if self.draws is None else self._respond(step, images), step)
         exact = self.difference is None

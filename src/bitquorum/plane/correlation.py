@@ -45,7 +45,7 @@ def correlate(x: Sequence[float], y: Sequence[float], *, permutations: int = 10_
     counted among them (Phipson and Smyth, 2010, https://doi.org/10.2202/1544-6115.1585).
 
     Raises:
-        InputError: if the lists differ in length.
+        InputError: if the lists differ in length, or hold NaN or infinity.
 
     Examples:
         >>> correlate([1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 6.0, 8.0])
@@ -53,6 +53,8 @@ def correlate(x: Sequence[float], y: Sequence[float], *, permutations: int = 10_
     """
     if len(x) != len(y):
         raise InputError(f"expected two lists of equal length, got {len(x)} and {len(y)}")
+    if not all(map(math.isfinite, (*x, *y))):
+        raise InputError("expected finite numbers, got NaN or infinity among them; leave out these points")
     count = len(x)
     first, second = (_standard(torch.tensor(values, dtype=torch.float64)) for values in (x, y))
     if count < _LEAST or first is None or second is None:
@@ -104,7 +106,7 @@ def _standard(x: Float[Tensor, "points"]) -> Float[Tensor, "points"] | None:
     """Return a list of mean zero and norm one; `None` for a constant one."""
     centred = x - x.mean()
     norm = centred.norm()
-    return None if not len(x) or float(norm) < 1e-12 else centred / norm
+    return None if not len(x) or float(norm) <= 1e-12 * max(1.0, float(x.abs().max())) else centred / norm
 
 
 def _ranks(x: Float[Tensor, "points"]) -> Float[Tensor, "points"]:
