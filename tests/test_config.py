@@ -51,12 +51,14 @@ def test_every_preset_of_ours_compares_arms_that_differ(name: str):
 def test_the_robust_presets_keep_to_four_bits_and_to_natural_images(name: str):
     arms = {arm.name: arm for arm in read(name).arms}
     arms.pop("pgd-at", None)
-    assert ("held" if name == "cifar10-robust-long" else "sq-gradient") in arms
+    known = {"cifar10-robust-long": "held", "cifar10-robust-aligned": "shifted"}
+    assert known.get(name, "sq-gradient") in arms
     for arm in arms.values():
         assert all(isinstance(member, Policy) for member in arm.members)
         bits = [(member.weight_bits, member.activation_bits) for member in arm.members]
         assert all(count is not None and count <= 4 for pair in bits for count in pair)
-        smooth = LinearizedLoss if arm.name in ("linearized", "held") else InputGradient
+        linear = ("linearized", "held", "aligned", "shifted", "looks")
+        smooth = LinearizedLoss if arm.name in linear else InputGradient
         assert {type(term) for term in arm.objective.terms} == {MemberCrossEntropy, smooth}
 
 
@@ -68,11 +70,32 @@ def test_the_long_robust_preset_trains_an_arm_of_the_other_for_more_epochs():
     assert replace(long, name=short.name, trainer=short.trainer, arms=short.arms) == short
 
 
+def test_the_arms_of_the_aligned_preset_are_looks_by_one_training():
+    long, chosen = read("cifar10-robust-long"), read("cifar10-robust-aligned")
+    aligned, *others = chosen.arms
+    assert (aligned.members, aligned.objective) == (long.arms[0].members, long.arms[0].objective)
+    assert chosen.trainer == replace(long.trainer, epochs=17, warmup=0.03)
+    for arm in others:
+        assert replace(arm, name="aligned", start=None, trainer=None, mirrored=None, shift=None) == aligned
+        assert (arm.start, arm.trainer.epochs if arm.trainer else None) == ("aligned", 0)
+    assert [(arm.mirrored, arm.shift) for arm in others] == [(None, 1), (True, 1)]
+
+
 def test_a_stored_config_replays(tmp_path: Path):
     experiment = read("digits", ["seed=3"])
     path = tmp_path / "config.toml"
     path.write_text(to_toml(encode(experiment)))
     assert read(str(path)) == experiment
+
+
+def test_numbers_of_too_many_digits_are_refused(tmp_path: Path):
+    path = tmp_path / "long.toml"
+    path.write_text("seed = " + "1" * 5000)
+    with pytest.raises(ConfigError, match=r"expected TOML in .*long.toml"):
+        read(str(path))
+    for override in ("seed=" + "1" * 5000, f"trainer.lr=1{'0' * 400}/1"):
+        with pytest.raises(ConfigError, match="expected"):
+            read("digits", [override])
 
 
 def test_fractions_are_numbers():
