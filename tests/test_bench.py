@@ -9,6 +9,7 @@ import torch
 
 from bitquorum.baselines import FloatEnsemble, LowBit, Setting, SqMi, Vanilla
 from bitquorum.bench import Place, bench, is_bench, read_suite, stored_suite, summary
+from bitquorum.bench import entry as bench_entry
 from bitquorum.bench import pools as bench_pools
 from bitquorum.bench import run as bench_run
 from bitquorum.bench.entry import CELLS, entry_folder, work
@@ -133,6 +134,19 @@ def test_known_rows_that_are_not_there_are_missed_before_any_work(tmp_path):
     with pytest.raises(InputError, match=r"expected folders of published suites, which hold `entries`, got .*results"):
         bench(small(), Place(root=tmp_path / "runs"), known=[tmp_path / "results"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_time_of_a_killed_training_is_not_known(tmp_path):
+    stored = Run.create(tmp_path, "entry", {})
+    stored.write_environment({"work": "train", "seconds": 2.0})
+    stored.write_environment({"work": "other"})
+    assert bench_entry._train_seconds(stored) == 2.0
+    stored.write_environment({"work": "train", "ended": "killed"})
+    assert bench_entry._train_seconds(stored) is None
+    rows = summarize([_entry_row("a", 0, [1.0]), _entry_row("a", 1, [1.0], train_seconds=None)], "")
+    assert rows[0]["train_seconds"] is None
+    table = bench_table(rows)
+    assert [row[table.header.index("train s")] for row in table.rows] == ["-"]
 
 
 def test_a_mean_over_machines_names_them_all():

@@ -123,7 +123,7 @@ def _measure(
         "failed_checks": [check["name"] for check in checks if check["passed"] is False],
         "detector": measure_detector(entry, ensemble, test, chosen, climb.images),
         **asdict(complexity(ensemble, tuple(chosen.shape))),
-        "train_seconds": round(sum(r.get("seconds", 0.0) for r in stored.environments() if r["work"] == "train"), 1),
+        "train_seconds": _train_seconds(stored),
         "milliseconds": measure_time(ensemble, examples.images),
         "device": device,
         "threads": torch.get_num_threads(),
@@ -133,6 +133,13 @@ def _measure(
         "claim": _rates(climb.claim),
         "worst": _rates(climb.correct),
     }
+
+
+def _train_seconds(stored: Run) -> float | None:
+    """Return what the sessions of a training took; `None` where one was killed, of which no time is known."""
+    sessions = [row.get("seconds") for row in stored.environments() if row.get("work") == "train"]
+    known = [seconds for seconds in sessions if seconds is not None]
+    return round(sum(known), 1) if len(known) == len(sessions) else None
 
 
 def _rates(correct: Bool[Tensor, "draws images"]) -> list[float]:

@@ -50,7 +50,8 @@ def _summary(group: Sequence[dict[str, Any]], reference: str) -> dict[str, Any]:
     row["failed_checks"] = sorted({name for entry in group for name in entry["failed_checks"]})
     row["broken_by"] = _most(group)
     row["detector"] = _detector(group)
-    return row | {key: fmean(entry[key] for entry in group) for key in _COSTS}
+    costs = {key: [entry[key] for entry in group] for key in _COSTS}
+    return row | {key: None if None in values else fmean(values) for key, values in costs.items()}
 
 
 def _either(values: Iterable[Any]) -> Any:

@@ -79,7 +79,7 @@ def _costs(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['bytes'] / 1024:.1f}",
         f"{row['macs'] / 1e6:.2f}",
         f"{row['bit_operations'] / 1e9:.3f}",
-        f"{row['train_seconds']:.0f}",
+        "-" if row["train_seconds"] is None else f"{row['train_seconds']:.0f}",
         f"{row['milliseconds']:.2f}",
         ", ".join(row["failed_checks"]) or "none",
     )
