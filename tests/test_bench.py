@@ -20,6 +20,7 @@ from bitquorum.files import read_jsonl
 from bitquorum.interface import ConfigError, DataError, InputError
 from bitquorum.registry import decode, digest, encode
 from bitquorum.report import bench_csv, bench_files, bench_table, bench_tables, write_page
+from bitquorum.store import Run
 from bitquorum.train import Trainer
 from bitquorum.zoo import DigitsNet
 
