@@ -280,15 +280,19 @@ def test_progress_states_rungs_and_cost(trained: Run, tmp_path: Path):
     assert undecided == [("self-test", None)], "the noise of so coarse a network hides its points, and nothing else"
 
 
-def test_the_rows_of_a_published_run_outlive_its_climbs(copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def idle_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every peer return the images as they were."""
+
+    def answer(name: str, model: Any, images: torch.Tensor, labels: torch.Tensor, **options: Any) -> peers.Opinion:
+        return peers.Opinion(name=name, version="9.9", images=images, claimed=0.125, seconds=1.0, outside=0)
+
+    monkeypatch.setattr(module, "second_opinion", answer)
     monkeypatch.setattr(module, "check_peer", lambda *_: None)
-    monkeypatch.setattr(
-        module,
-        "second_opinion",
-        lambda name, model, images, *_, **__: peers.Opinion(
-            name=name, version="9.9", images=images, claimed=None, seconds=1.0, outside=0
-        ),
-    )
+
+
+@pytest.mark.usefixtures("idle_peer")
+def test_the_rows_of_a_published_run_outlive_its_climbs(copied: Run, tmp_path: Path):
     rows = climb_run(copied, LADDER, also=["autoattack-rand"])
     copied.publish(tmp_path / "published")
     published = Run.open(tmp_path / "published")
@@ -311,12 +315,8 @@ def test_a_peer_that_fails_stops_no_arm_and_is_reported_at_the_end(copied: Run, 
     assert {row["arm"] for row in ladder_rows(copied, LADDER)} == {"plain", "sq"}
 
 
-def test_a_second_opinion_is_judged_on_our_draws(copied: Run, monkeypatch: pytest.MonkeyPatch):
-    def answer(name: str, model: Any, images: torch.Tensor, labels: torch.Tensor, **options: Any) -> peers.Opinion:
-        return peers.Opinion(name=name, version="9.9", images=images, claimed=0.125, seconds=1.0, outside=0)
-
-    monkeypatch.setattr(module, "second_opinion", answer)
-    monkeypatch.setattr(module, "check_peer", lambda *_: None)
+@pytest.mark.usefixtures("idle_peer")
+def test_a_second_opinion_is_judged_on_our_draws(copied: Run):
     rows = climb_run(copied, LADDER, also=["autoattack-rand"])
     opinions = [row for row in rows if row["name"] == "second opinion"]
     assert len(opinions) == 4
@@ -352,17 +352,10 @@ def test_a_corrupt_state_is_named(content: bytes, copied: Run):
         climb_run(copied, LADDER)
 
 
-def test_rows_of_another_norm_name_it(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.usefixtures("idle_peer")
+def test_rows_of_another_norm_name_it(trained: Run, tmp_path: Path):
     shutil.copytree(trained.path, tmp_path / trained.path.name)
     plan = replace(LADDER, norm="l2", rungs=(), epsilons=(0.5,))
-    monkeypatch.setattr(module, "check_peer", lambda *_: None)
-    monkeypatch.setattr(
-        module,
-        "second_opinion",
-        lambda name, model, images, *_, **__: peers.Opinion(
-            name=name, version="9.9", images=images, claimed=None, seconds=1.0, outside=0
-        ),
-    )
     rows = climb_run(Run(path=tmp_path / trained.path.name), plan, arms=["plain"], also=["autoattack-rand"])
     assert {row["norm"] for row in rows} == {"l2"}
     assert "second opinion" in {row["name"] for row in rows}

@@ -191,16 +191,14 @@ def _spread(ray: Any, tasks: Sequence[Task], place: Place, cpus: int) -> Iterato
     try:
         while pending:
             (ready,), _ = ray.wait(list(pending))
-            task = pending[ready]
+            task = pending.pop(ready)
             try:
                 node, files, error = ray.get(ready)
             except ray.exceptions.RayError as lost:  # its process was ended, once more than it is tried again
                 if isinstance(lost, ray.exceptions.RayTaskError):
                     raise  # an error of ours
-                del pending[ready]
                 yield task, DataError(f"expected {title(task)} to be computed, got {type(lost).__name__}: {lost}")
                 continue
-            del pending[ready]
             unpack(files, place.root)
             if error is None:
                 removed.append(_remove(ray, node, digest(task)))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bitquorum.report.tables import Table, epsilon_label, percent
+from bitquorum.report.tables import Table, epsilon_label, multiple, percent
 
 
 def bracket(rows: Sequence[dict[str, Any]]) -> Table:
@@ -99,8 +99,8 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
             took = {epsilon: seconds for (name, epsilon), seconds in asked.items() if name == peer}
             theirs = sum(took.values())
             equal = sum(_as_low_after(here, climbed, peer, epsilon) for epsilon in took)
-            cells.append(f"{theirs:.1f}{_multiple(theirs, ours)}" if took else "-")
-            cells.append("-" if equal == math.inf or not took else f"{equal:.1f}{_multiple(theirs, equal)}")
+            cells.append(f"{theirs:.1f}{multiple(theirs, ours)}" if took else "-")
+            cells.append("-" if equal == math.inf or not took else f"{equal:.1f}{multiple(theirs, equal)}")
         body.append((arm, f"{ours:.1f}", *cells))
     note = (
         "Seconds, one after the other in one run; in brackets what the peer took as a multiple of them, without "
@@ -111,11 +111,6 @@ def ladder_seconds(rows: Sequence[dict[str, Any]]) -> Table | None:
         rows=tuple(body),
         note=note,
     )
-
-
-def _multiple(theirs: float, ours: float) -> str:
-    """Return the ratio in brackets; nothing where a tiny network took no tenth of a second."""
-    return f" ({theirs / ours:.1f})" if ours else ""
 
 
 def _as_low_after(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bitquorum.report.tables import Table, epsilon_label, percent
+from bitquorum.report.tables import Table, epsilon_label, multiple, percent
 
 GRANTED = 0.02  # what an evaluation may leave above the twin
 
@@ -86,5 +86,4 @@ def _opinion(row: dict[str, Any] | None) -> str:
 def _time(row: dict[str, Any] | None, ours: float) -> str:
     if row is None or row["value"] is None:
         return "-" if row is None else "fails"
-    multiple = f" ({row['seconds'] / ours:.1f})" if ours else ""  # a tiny network takes no tenth of a second
-    return f"{row['seconds']:.1f}{multiple}"
+    return f"{row['seconds']:.1f}{multiple(row['seconds'], ours)}"

@@ -102,6 +102,11 @@ def environments(rows: Sequence[dict[str, Any]]) -> str:
     return f"{time} on {' and '.join(hardware)}, {threads} threads, {', '.join(versions)}"
 
 
+def multiple(theirs: float, ours: float) -> str:
+    """Return the ratio in brackets; nothing where a tiny network took no tenth of a second."""
+    return f" ({theirs / ours:.1f})" if ours else ""
+
+
 def percent(row: Mapping[str, Any] | None) -> str:
     """Return a row's accuracy in percent with its interval, where it has one; a dash for no row."""
     if not row or row["value"] is None:
